@@ -1,0 +1,67 @@
+"""fastsample: fewer steps, cheaper steps, and proof of both, for any diffusion model."""
+
+from .adapters.diffusers import from_diffusers
+from .denoiser import TIMES, Denoiser, Model
+from .grid import (
+    SPACINGS,
+    Grid,
+    Node,
+    Spacing,
+    at_times,
+    exponential_step,
+    grid,
+    karras,
+    leading,
+    linspace,
+    node,
+    quadratic_t,
+    trailing,
+    uniform_lam,
+    uniform_t,
+)
+from .guidance import Guided, Thresholded
+from .noise import Noise, noise
+from .plan import Plan, Row, trace
+from .prediction import Prediction, prediction
+from .sampling import sample, solve
+from .schedule import EDM, VP, Flow, Schedule, VPContinuous
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "SPACINGS",
+    "TIMES",
+    "VP",
+    "Denoiser",
+    "Flow",
+    "Grid",
+    "Guided",
+    "Model",
+    "Node",
+    "Noise",
+    "Plan",
+    "Prediction",
+    "Row",
+    "Schedule",
+    "Spacing",
+    "Thresholded",
+    "VPContinuous",
+    "at_times",
+    "exponential_step",
+    "from_diffusers",
+    "grid",
+    "karras",
+    "leading",
+    "linspace",
+    "node",
+    "noise",
+    "prediction",
+    "quadratic_t",
+    "sample",
+    "solve",
+    "trace",
+    "trailing",
+    "uniform_lam",
+    "uniform_t",
+]

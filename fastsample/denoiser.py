@@ -1,0 +1,129 @@
+"""Denoisers: any network, asked for x0.
+
+A model, for every solver and for `sample`, is whatever has a `schedule` and `predict(x, node, **condition) -> x0`.
+`Denoiser` makes one of a network; guidance and thresholding wrap one in another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .grid import Node, Spacing
+from .prediction import Prediction, prediction
+from .schedule import Schedule
+
+
+class Model(Protocol):
+    """What `sample` and `solve` run."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor: ...
+
+
+TimeOf = Callable[[Schedule, Node], float]
+
+TIMES: dict[str, TimeOf] = {
+    "t": lambda schedule, node: node.t,
+    "index": lambda schedule, node: float(schedule.index(node.t)),
+    "unit": lambda schedule, node: float(schedule.unit(node.t)),
+    "sigma": lambda schedule, node: node.sigma / node.alpha,
+    "log_sigma": lambda schedule, node: math.log(node.sigma / node.alpha) / 4,  # c_noise of EDM, Table 1
+}
+
+
+@dataclass
+class Count:
+    """What a run really cost: calls of the network, and rows of a batch summed over them."""
+
+    calls: int = 0
+    rows: int = 0
+
+
+class Denoiser:
+    """A network as a model: x0 at (x, node), in float32 (or float64 where x is).
+
+    network: `network(x, t, **condition)` -> its prediction, [B, C, ...] like x, or [B, 2 C, ...] where it also
+        predicts a variance (that half is split off). t: [B], in the units of `time`.
+    predicts: "eps", "x0", "v" or "flow".
+    time: "index" (0..999), "unit" ([0, 1]), "sigma" (sigma / alpha), "log_sigma" (ln(sigma / alpha) / 4), "t" (the
+        schedule's own), or a function (schedule, node) -> float; None: what networks of this schedule usually take.
+    dtype: of x as the network sees it (t stays float32); None: that of its first floating-point parameter.
+    spacing: the spacing this network's own sampler uses, for those who want the same; no other effect.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        schedule: Schedule,
+        predicts: str | Prediction = "eps",
+        *,
+        time: str | TimeOf | None = None,
+        dtype: torch.dtype | None = None,
+        spacing: Spacing | None = None,
+    ):
+        self.network, self.schedule = network, schedule
+        self.prediction = prediction(predicts)
+        time = time or schedule.default_time
+        if isinstance(time, str) and time not in TIMES:
+            raise ValueError(f"unknown time {time!r}; choose one of {', '.join(TIMES)} or pass a function")
+        self.time: TimeOf = TIMES[time] if isinstance(time, str) else time
+        self.dtype = dtype or _dtype_of(network)
+        self.spacing = spacing
+        self.count = Count()
+
+    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+        u, w = self._pair(node)
+        output = self.output(x, self.time(self.schedule, node), **condition)
+        return torch.add(x * u, output, alpha=w) if u else output
+
+    def output(self, x: Tensor, time: float | Tensor, **condition: Any) -> Tensor:
+        """What the network says at x and `time` (its own units, a number or [B]), in the dtype of x."""
+        seen = x if self.dtype is None or self.dtype == x.dtype else x.to(self.dtype)
+        t = time if isinstance(time, Tensor) else torch.full((len(x),), time, device=x.device, dtype=_time_dtype(x))
+        self.count.calls += 1
+        self.count.rows += len(x)
+        output = self.network(seen, t, **condition)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the network returned {type(output).__name__}, not a tensor; wrap it, for example "
+                f"lambda x, t, **c: network(x, t, **c).sample, or use fs.from_diffusers"
+            )
+        if output.shape != x.shape:
+            output = _without_variance(output, x)
+        return output if output.dtype == x.dtype else output.to(x.dtype)
+
+    def _pair(self, node: Node) -> tuple[float, float]:
+        if node.alpha == 0 and self.prediction.name == "eps":
+            raise ValueError(
+                f"an eps network says nothing of x0 at alpha = 0 (t = {node.t:g}); start the grid below "
+                f"t = {node.t:g} or use a network that predicts v, x0 or flow"
+            )
+        return self.prediction.x0(node.alpha, node.sigma)
+
+
+def _without_variance(output: Tensor, x: Tensor) -> Tensor:
+    """The first half of the channels. Nichol and Dhariwal 2021, arXiv:2102.09672, Sec. 3.1."""
+    twice = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.dim() > 1 else None
+    if output.shape != twice:
+        raise ValueError(
+            f"the network returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}; expected the same, "
+            f"or twice the channels where it predicts a variance"
+        )
+    return output[:, : x.shape[1]]
+
+
+def _time_dtype(x: Tensor) -> torch.dtype:  # half precision would round 999 to 1000
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dtype_of(network: Any) -> torch.dtype | None:
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    return next((p.dtype for p in parameters if p.dtype.is_floating_point), None)

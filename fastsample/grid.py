@@ -1,0 +1,224 @@
+"""Grids: the nodes that a solver visits, and the spacings that place them.
+
+A spacing is a function `(schedule, steps, start, end) -> times`; it returns `steps` + 1 decreasing times from
+start to end, or, where `end` is None (sigma = 0), the `steps` times at which the network is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+
+from .schedule import VP, Schedule
+
+if TYPE_CHECKING:
+    from .plan import Expr
+
+State = TypeVar("State", torch.Tensor, "Expr")
+Spacing = Callable[[Schedule, int, float, float | None], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One time: t in the schedule's own units, alpha and sigma there, lam = log(alpha / sigma)."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def lam(self) -> float:
+        if self.sigma == 0:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Nodes from noise to data; `steps()` gives the intervals (s, t) that a solver walks."""
+
+    schedule: Schedule
+    nodes: tuple[Node, ...]
+    spacing: str = "given times"
+
+    def steps(self) -> Iterator[tuple[Node, Node]]:
+        return zip(self.nodes[:-1], self.nodes[1:], strict=True)
+
+    def node(self, lam: float) -> Node:
+        """The node at log(alpha / sigma) = lam, for solvers that evaluate between the nodes of the grid."""
+        return node(self.schedule, float(self.schedule.time(lam)))
+
+    def __len__(self) -> int:
+        return len(self.nodes) - 1
+
+
+def node(schedule: Schedule, t: float) -> Node:
+    """The node of a schedule at time t."""
+    return Node(float(t), float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+
+def grid(
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    *,
+    round_to_index: bool = False,
+) -> Grid:
+    """A grid of `steps` intervals.
+
+    spacing: one of the functions below or your own; uniform_lam if None.
+    start, end: times in the schedule's units; start=None is `schedule.t_max`, end=None is sigma = 0, where the
+        last interval returns x0 itself.
+    round_to_index: round each time to the nearest index the network was trained at (VP tables only).
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    spacing = spacing or uniform_lam
+    if not callable(spacing):
+        raise ValueError(f"spacing must be a function such as fs.uniform_lam ({', '.join(SPACINGS)}), got {spacing!r}")
+    first = schedule.t_max if start is None else float(start)
+    times = [float(t) for t in spacing(schedule, steps, first, end)]
+    name = getattr(spacing, "__name__", type(spacing).__name__)
+    wanted = steps + (end is not None)
+    if len(times) != wanted:
+        raise ValueError(f"spacing {name} gave {len(times)} times for {steps} steps, expected {wanted}")
+    if round_to_index:
+        if not isinstance(schedule, VP):
+            raise ValueError(f"round_to_index needs a schedule with a table of betas (VP), got {schedule!r}")
+        times = [float(round(t)) for t in times]
+    if end is None:
+        times.append(schedule.t_zero)
+    _check(times, schedule, name)
+    return Grid(schedule, tuple(node(schedule, t) for t in times), name)
+
+
+def _check(times: list[float], schedule: Schedule, name: str) -> None:
+    if not all(math.isfinite(t) for t in times):
+        raise ValueError(f"spacing {name} gave a time that is not finite: {times}")
+    low, high = schedule.t_zero - 1e-9, schedule.t_max + 1e-9
+    outside = [t for t in times if not low <= t <= high]
+    if outside:
+        raise ValueError(f"time {outside[0]:g} lies outside {schedule!r}: [{schedule.t_zero:g}, {schedule.t_max:g}]")
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        if not t < s:
+            raise ValueError(
+                f"spacing {name} gave times that do not decrease ({s:g} then {t:g}); use fewer steps, another "
+                f"spacing, or no rounding"
+            )
+
+
+def exponential_step(x: State, x0: State, s: Node, t: Node) -> State:
+    """Move x from node s to node t with x0 held constant (the DDIM step).
+
+    x, x0: [B, ...], float32. Finite also at alpha_s = 0 and at sigma_t = 0.
+    Song et al. 2021, arXiv:2010.02502, Eq. 12; Lu et al. 2022, arXiv:2211.01095, Sec. 4.
+    """
+    return x * (t.sigma / s.sigma) + x0 * (t.alpha * -math.expm1(s.lam - t.lam))
+
+
+def uniform_t(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Equal steps in t."""
+    return _between(lambda t: t, lambda t: t, schedule, steps, start, end)
+
+
+def quadratic_t(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Equal steps in sqrt(t - t_zero): denser near the data. Song et al. 2021, arXiv:2010.02502, App. D.2."""
+    zero = schedule.t_zero
+    return _between(lambda t: (t - zero) ** 0.5, lambda r: zero + r**2, schedule, steps, start, end)
+
+
+def uniform_lam(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Equal steps in lam = log(alpha / sigma). Lu et al. 2022, arXiv:2206.00927, Sec. 3.3."""
+    if not float(schedule.alpha(start)) > 0:
+        raise ValueError(
+            f"uniform_lam cannot start at t = {start:g}, where alpha = 0 and lam = -inf; pass start < {start:g} "
+            f"or use spacing=fs.uniform_t"
+        )
+    return _between(lambda t: float(schedule.lam(t)), lambda v: float(schedule.time(v)), schedule, steps, start, end)
+
+
+def karras(schedule: Schedule, steps: int, start: float, end: float | None, rho: float = 7.0) -> list[float]:
+    """Equal steps in (sigma / alpha)^(1 / rho); for another rho use functools.partial.
+
+    Where the end is sigma = 0 the last evaluation is at `t_min`. Karras et al. 2022, arXiv:2206.00364, Eq. 5.
+    """
+    if not float(schedule.alpha(start)) > 0:
+        raise ValueError(
+            f"karras cannot start at t = {start:g}, where alpha = 0 and sigma / alpha is infinite; pass "
+            f"start < {start:g} or use spacing=fs.uniform_t"
+        )
+    count = steps + (end is not None)
+    last = schedule.t_min if end is None else end
+    ends = [math.exp(-float(schedule.lam(t)) / rho) for t in (start, last)]
+    times = [float(schedule.time(-rho * math.log(r))) for r in np.linspace(ends[0], ends[1], count)]
+    return _pinned(times, start, last if count > 1 else start)
+
+
+def leading(schedule: Schedule, steps: int, start: float, end: float | None, offset: int = 0) -> list[float]:
+    """Indices 0, r, 2r, ... + offset, with r = T // steps: DDIM in diffusers ("leading"), Lin et al. 2023, Tab. 2."""
+    count = _table_size(schedule, steps, start, end, "leading")
+    return [float(i * (count // steps) + offset) for i in reversed(range(steps))]
+
+
+def trailing(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Indices T - 1, T - 1 - T / steps, ... rounded: "trailing" of Lin et al. 2023, arXiv:2305.08891, Tab. 2."""
+    count = _table_size(schedule, steps, start, end, "trailing")
+    return [float(np.round(count - i * count / steps) - 1) for i in range(steps)]
+
+
+def linspace(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Indices evenly from T - 1 to 0, both evaluated, rounded: "linspace" of Lin et al. 2023, Tab. 2."""
+    count = _table_size(schedule, steps, start, end, "linspace")
+    return [float(t) for t in np.linspace(0, count - 1, steps).round()[::-1]]
+
+
+def at_times(times: Sequence[float]) -> Spacing:
+    """A spacing of exactly these times, noisiest first: `steps` of them, one more where the grid has an `end`."""
+
+    def given(schedule: Schedule, steps: int, start: float, end: float | None) -> Sequence[float]:
+        return times
+
+    given.__name__ = "at_times"
+    return given
+
+
+SPACINGS: dict[str, Spacing] = {
+    f.__name__: f for f in (uniform_lam, uniform_t, quadratic_t, karras, leading, trailing, linspace)
+}
+
+
+def _between(
+    forward: Callable[[float], float],
+    back: Callable[[float], float],
+    schedule: Schedule,
+    steps: int,
+    start: float,
+    end: float | None,
+) -> list[float]:
+    """Equal steps in forward(t) down to `end`; without one down to t_min, whose place sigma = 0 then takes."""
+    last = schedule.t_min if end is None else end
+    points = np.linspace(forward(start), forward(last), steps + 1)
+    times = _pinned([back(float(point)) for point in points], start, last)
+    return times if end is not None else times[:-1]
+
+
+def _pinned(times: list[float], first: float, last: float) -> list[float]:
+    return [first, *times[1:-1], last] if len(times) > 1 else [first]  # the round trip may miss by an ulp
+
+
+def _table_size(schedule: Schedule, steps: int, start: float, end: float | None, name: str) -> int:
+    if not isinstance(schedule, VP):
+        raise ValueError(f"spacing {name} counts trained indices, so it needs a VP schedule, got {schedule!r}")
+    if end is not None or start != schedule.t_max:
+        raise ValueError(f"spacing {name} has fixed times; for another start or end use fs.uniform_t")
+    count = len(schedule.betas)
+    if steps > count:
+        raise ValueError(f"spacing {name} has only {count} indices for {steps} steps; use fs.uniform_t")
+    return count

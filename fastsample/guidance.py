@@ -1,0 +1,123 @@
+"""Wrappers of a model that change what it predicts: classifier-free guidance and thresholding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .denoiser import Denoiser, Model
+from .grid import Node
+from .prediction import EPS
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance: uncond + scale (cond - uncond), so scale 1 is none. Ho and Salimans 2022, arXiv:2207.12598.
+
+    cond, uncond: the network's keyword conditions, such as {"class_labels": labels}; tensors are [B, ...].
+    batched: one call with a doubled batch, or (False) two calls.
+    interval: guide only where low <= lam <= high, elsewhere `cond` alone, which saves those rows.
+        Kynkaanniemi et al. 2024, arXiv:2404.07724.
+    rescale: pull the standard deviation of the guided prediction towards that of `cond` by this share, 0 to 1.
+        Lin et al. 2023, arXiv:2305.08891, Eq. 15 and 16; on the quantity the network predicts.
+    """
+
+    model: Model
+    cond: Mapping[str, Any]
+    uncond: Mapping[str, Any]
+    scale: float = field(kw_only=True)
+    batched: bool = field(default=True, kw_only=True)
+    interval: tuple[float, float] | None = field(default=None, kw_only=True)
+    rescale: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name, given in (("cond", self.cond), ("uncond", self.uncond)):
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"{name} must map the network's keywords to values, such as "
+                    f"{{'class_labels': labels}}, got {type(given).__name__}"
+                )
+        if self.batched and self.cond.keys() != self.uncond.keys():
+            raise ValueError(
+                f"cond has the keywords {sorted(self.cond)} and uncond {sorted(self.uncond)}; give both "
+                f"the same, or batched=False"
+            )
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale is a share from 0 to 1, got {self.rescale:g}")
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.model.schedule
+
+    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+        low, high = self.interval or (-torch.inf, torch.inf)
+        if self.scale == 1 or not low <= node.lam <= high:
+            return self.model.predict(x, node, **condition, **self.cond)
+        cond, uncond = self._both(x, node, condition)
+        guided = uncond + self.scale * (cond - uncond)
+        return self._rescaled(x, node, guided, cond) if self.rescale else guided
+
+    def _both(self, x: Tensor, node: Node, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if not self.batched:
+            cond = self.model.predict(x, node, **condition, **self.cond)
+            return cond, self.model.predict(x, node, **condition, **self.uncond)
+        shared = {key: _pair(key, value, value, len(x)) for key, value in condition.items()}
+        own = {key: _pair(key, self.cond[key], self.uncond[key], len(x)) for key in self.cond}
+        cond, uncond = self.model.predict(torch.cat([x, x]), node, **shared, **own).chunk(2)
+        return cond, uncond
+
+    def _rescaled(self, x: Tensor, node: Node, guided: Tensor, cond: Tensor) -> Tensor:
+        prediction = self.model.prediction if isinstance(self.model, Denoiser) else EPS
+        p, q = prediction.output(node.alpha, node.sigma)
+        u, w = prediction.x0(node.alpha, node.sigma)
+        output, target = p * x + q * guided, p * x + q * cond
+        axes = tuple(range(1, x.dim()))
+        factor = target.std(axes, keepdim=True) / output.std(axes, keepdim=True)
+        return u * x + w * (output * (1 + self.rescale * (factor - 1)))
+
+
+def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        if len(cond) != batch or len(uncond) != batch:
+            raise ValueError(
+                f"condition {key!r} has {len(cond)} and {len(uncond)} rows for a batch of {batch}; give one a sample"
+            )
+        return torch.cat([cond, uncond])
+    if cond is uncond or cond == uncond:
+        return cond
+    raise TypeError(f"condition {key!r} differs between cond and uncond and is no tensor; pass batched=False")
+
+
+@dataclass(frozen=True)
+class Thresholded:
+    """Clip x0: static, to [-limit, limit], or dynamic, to a quantile of |x0| of each sample, then scaled to `limit`.
+
+    dynamic: the quantile, such as 0.995; None is static. Saharia et al. 2022, arXiv:2205.11487, Sec. 2.3.
+    """
+
+    model: Model
+    limit: float = field(default=1.0, kw_only=True)
+    dynamic: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.limit > 0:
+            raise ValueError(f"limit must be positive, got {self.limit:g}")
+        if self.dynamic is not None and not 0 < self.dynamic <= 1:
+            raise ValueError(f"dynamic is a quantile in (0, 1], got {self.dynamic:g}")
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.model.schedule
+
+    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+        x0 = self.model.predict(x, node, **condition)
+        if self.dynamic is None:
+            return x0.clamp(-self.limit, self.limit)
+        bound = x0.flatten(1).abs().quantile(self.dynamic, dim=1).clamp(min=self.limit)
+        bound = bound.view(-1, *[1] * (x0.dim() - 1))
+        return x0.clamp(-bound, bound) * (self.limit / bound)

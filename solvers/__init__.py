@@ -1,0 +1,2 @@
+"""Solvers."""
+from .dpm_solver import dpmpp_2m

@@ -1,0 +1,111 @@
+"""pyproject.toml says what lies in the folders, and the wheel made from it works away from the repository."""
+
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+WINGS = ["solvers", "distill", "kernels", "bench"]
+DATA = {".safetensors", ".json", ".npz", ".html", ".js", ".css"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Runs the console script of the wheel unpacked at argv[1]. An editable install answers for modules that the wheel lacks,
+# so its finder goes first.
+RUN_SCRIPT = """
+import importlib, sys
+target, name, function = sys.argv[1:4]
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", type(f).__module__)]
+sys.path.insert(0, target)
+for wing in {wings}:
+    importlib.import_module("fastsample." + wing)
+main = getattr(importlib.import_module(name), function)
+strays = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "fastsample" and target not in m.__file__]
+assert not strays, strays
+sys.argv = ["fastsample", *sys.argv[4:]]
+sys.exit(main())
+""".format(wings=WINGS)
+
+
+def inside(path):
+    """Where a file of the repository lies in the wheel: solvers/ddim.py -> fastsample/solvers/ddim.py"""
+    return path.as_posix() if path.parts[0] == "fastsample" else f"fastsample/{path.as_posix()}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the repository without what git ignores, as a fresh clone would be."""
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    ignored = [line.rstrip("/") for line in lines if line and not line.startswith("#")]
+    target = tmp_path_factory.mktemp("source") / "fastsample"
+    return shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", *ignored))
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    # Without isolation, which would fetch setuptools from the network.
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
+    done = subprocess.run(command, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    ZipFile(wheel).extractall(target)
+    return target
+
+
+def test_packages_are_the_folders_with_an_init_file():
+    inits = [path for folder in ["fastsample", *WINGS] for path in (ROOT / folder).rglob("__init__.py")]
+    folders = {inside(path.parent.relative_to(ROOT)).replace("/", ".") for path in inits}
+    assert sorted(PYPROJECT["tool"]["setuptools"]["packages"]) == sorted(folders)
+
+
+def test_every_folder_with_modules_has_an_init_file():
+    modules = [path for folder in ["fastsample", *WINGS] for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in modules if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_the_promised_extras_exist():
+    promised = {"diffusers", "train", "kernels", "export", "tensorrt", "tensorrt-rtx", "bench", "demo", "test", "all"}
+    assert promised <= PYPROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(source, wheel):
+    folders = [source / folder for folder in ["fastsample", *WINGS]]
+    files = [path.relative_to(source) for folder in folders for path in folder.rglob("*") if path.is_file()]
+    expected = {
+        inside(path)
+        for path in files
+        if path.parts[:2] != ("bench", "results") and (path.suffix in DATA | {".py"} or path.name == "py.typed")
+    }
+    names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert "fastsample/py.typed" in names
+    assert names == expected
+
+
+def test_the_wheel_carries_its_license(wheel):
+    names = ZipFile(wheel).namelist()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_command_runs_from_the_wheel_alone(unpacked, tmp_path):
+    scripts = ConfigParser()
+    scripts.read(next(unpacked.glob("*.dist-info/entry_points.txt")))
+    name, function = scripts["console_scripts"]["fastsample"].split(":")
+    command = [sys.executable, "-I", "-c", RUN_SCRIPT, unpacked, name, function, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
