@@ -1,6 +1,7 @@
 """fastsample: fewer steps, cheaper steps, and proof of both, for any diffusion model."""
 
 from .adapters.diffusers import from_diffusers
+from .adapters.pretrained import from_pretrained, save_pretrained
 from .denoiser import TIMES, Denoiser, Model
 from .grid import (
     SPACINGS,
@@ -50,6 +51,7 @@ __all__ = [
     "at_times",
     "exponential_step",
     "from_diffusers",
+    "from_pretrained",
     "grid",
     "karras",
     "leading",
@@ -59,6 +61,7 @@ __all__ = [
     "prediction",
     "quadratic_t",
     "sample",
+    "save_pretrained",
     "solve",
     "trace",
     "trailing",

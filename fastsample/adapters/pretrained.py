@@ -1,0 +1,116 @@
+"""Wrapped diffusers networks on disk: the folder diffusers writes, plus `fastsample.json`, which says how to use it.
+
+`fastsample.json` holds what the network predicts, its schedule, its time convention and the SHA-256 of every other
+file; a folder whose files do not match is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..denoiser import TIMES, Denoiser
+from ..files import folder as make_folder
+from ..files import write_text
+from ..schedule import EDM, VP, Flow, Schedule, VPContinuous
+from .diffusers import Sampled
+
+MANIFEST = "fastsample.json"
+VERSION = 1
+SCHEDULES: dict[str, type[Schedule]] = {kind.__name__: kind for kind in (VP, VPContinuous, EDM, Flow)}
+
+
+def save_pretrained(model: Denoiser, folder: str | Path) -> None:
+    """Write a denoiser of a diffusers network so that `from_pretrained`, and diffusers itself, can load it.
+
+    The manifest is written last: a folder without a matching one was not finished, and is refused when loaded.
+    """
+    network = model.network
+    if not isinstance(network, Sampled) or not hasattr(network.network, "save_pretrained"):
+        raise ValueError(
+            f"save_pretrained needs a diffusers network wrapped by fs.from_diffusers, got {type(network).__name__}; "
+            f"save other networks with safetensors"
+        )
+    names = [name for name, time in TIMES.items() if time is model.time]
+    if not names:
+        raise ValueError(
+            f"the model's time is a function of your own, which cannot be saved; use one of {', '.join(TIMES)}"
+        )
+    target = make_folder(folder)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
+        network.network.save_pretrained(temporary, safe_serialization=True)
+        files = sorted(path.name for path in Path(temporary).iterdir())
+        hashes = {name: sha256(Path(temporary) / name) for name in files}
+        (target / MANIFEST).unlink(missing_ok=True)
+        for name in files:
+            shutil.move(Path(temporary) / name, target / name)
+    manifest = {
+        "format": "fastsample.model",
+        "version": VERSION,
+        "network": type(network.network).__name__,
+        "predicts": model.prediction.name,
+        "time": names[0],
+        "schedule": {"type": type(model.schedule).__name__, **asdict(model.schedule)},  # type: ignore[call-overload]
+        "sha256": hashes,
+    }
+    write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def from_pretrained(folder: str | Path) -> Denoiser:
+    """Load what `save_pretrained` wrote, in evaluation mode.
+
+    Raises FileNotFoundError for a folder without `fastsample.json`, ValueError for files that are damaged, of another
+    version, or do not match their SHA-256.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {MANIFEST}; give a folder written by fs.save_pretrained or distill.train"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != "fastsample.model" or manifest["version"] != VERSION:
+            raise ValueError(
+                f"{path} is {manifest['format']} version {manifest['version']}; expected fastsample.model {VERSION}"
+            )
+        settings = {**manifest["schedule"]}
+        schedule = SCHEDULES[settings.pop("type")](**settings)
+        name, predicts, time, hashes = (manifest[key] for key in ("network", "predicts", "time", "sha256"))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged or no model manifest: {error!r}") from error
+    for file, expected in hashes.items():
+        found = sha256(folder / file) if (folder / file).is_file() else "no such file"
+        if found != expected:
+            raise ValueError(
+                f"{folder / file} is damaged: SHA-256 is {found}, {MANIFEST} says {expected}; get it again"
+            )
+    network = Sampled(_network_class(name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False))
+    return Denoiser(network.eval(), schedule, predicts, time=time)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _network_class(name: str) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError("this network is a diffusers model: pip install 'fastsample[diffusers]'") from error
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise ValueError(
+            f"diffusers {diffusers.__version__} has no network {name!r}; install the version it was saved with"
+        )
+    return kind

@@ -1,0 +1,85 @@
+"""What is saved loads as the same model; what is damaged is refused by name."""
+
+import json
+
+import pytest
+import torch
+
+import fastsample as fs
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8),
+        norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return fs.from_diffusers(network.eval(), diffusers.DDPMScheduler(prediction_type="v_prediction"))
+
+
+def test_a_saved_model_predicts_the_same_after_loading(model, tmp_path):
+    fs.save_pretrained(model, tmp_path / "model")
+    loaded = fs.from_pretrained(tmp_path / "model")
+    x, node = torch.randn(2, 1, 8, 8), fs.node(model.schedule, 500.0)
+    assert loaded.schedule == model.schedule
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.predict(x, node), model.predict(x, node), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [fs.EDM(), fs.Flow(shift=3.0), fs.VPContinuous()], ids=repr)
+def test_every_schedule_survives_saving(model, schedule, tmp_path):
+    fs.save_pretrained(fs.Denoiser(model.network, schedule, "x0"), tmp_path)
+    loaded = fs.from_pretrained(tmp_path)
+    assert loaded.schedule == schedule
+    assert loaded.prediction.name == "x0"
+
+
+def test_diffusers_loads_the_folder_itself(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    assert diffusers.UNet2DModel.from_pretrained(tmp_path).num_parameters() > 0
+
+
+def test_a_flipped_byte_in_the_weights_is_refused(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"safetensors is damaged.*get it again"):
+        fs.from_pretrained(tmp_path)
+
+
+def test_an_unfinished_folder_is_refused(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    (tmp_path / "fastsample.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no fastsample\.json"):
+        fs.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"format": "x"}', '{"format": "fastsample.model", "version": 99}'], ids=repr
+)
+def test_a_damaged_manifest_is_refused(model, tmp_path, text):
+    fs.save_pretrained(model, tmp_path)
+    (tmp_path / "fastsample.json").write_text(text)
+    with pytest.raises(ValueError, match=r"fastsample\.json"):
+        fs.from_pretrained(tmp_path)
+
+
+def test_a_class_that_is_no_network_is_refused(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    manifest = json.loads((tmp_path / "fastsample.json").read_text())
+    (tmp_path / "fastsample.json").write_text(json.dumps({**manifest, "network": "DDPMScheduler"}))
+    with pytest.raises(ValueError, match="has no network 'DDPMScheduler'"):
+        fs.from_pretrained(tmp_path)
+
+
+def test_a_plain_network_or_a_time_of_ones_own_cannot_be_saved(model, tmp_path):
+    with pytest.raises(ValueError, match="needs a diffusers network"):
+        fs.save_pretrained(fs.Denoiser(torch.nn.Identity(), fs.VP.linear()), tmp_path)
+    own = fs.Denoiser(model.network, fs.VP.linear(), time=lambda schedule, node: node.t)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        fs.save_pretrained(own, tmp_path)
