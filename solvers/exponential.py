@@ -1,0 +1,21 @@
+"""Exponential integrators in lam = log(alpha / sigma): what DPM-Solver++ and UniPC share.
+
+x_t = (sigma_t / sigma_s) x_s + sigma_t * integral of e^lam x0(lam) from lam_s to lam_t: the linear part is exact, and a
+step is `exponential_step` with the mean of x0 under the weight e^lam.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def moments(h: float, count: int) -> list[float]:
+    """The means of u, u^2, ..., u^count over u in [0, 1] under the weight e^(h u), h > 0.
+
+    u is the place in a step of size h in lam. The i-th is i! phi_{i+1}(-h) / phi_1(-h) with the phi functions of
+    Hochbruck and Ostermann 2010, Acta Numerica 19, Sec. 2; integration by parts gives each from the one before.
+    """
+    means = [1.0]
+    for i in range(1, count + 1):
+        means.append(-1 / math.expm1(-h) - i / h * means[-1])
+    return means[1:]
