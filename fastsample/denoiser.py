@@ -34,9 +34,15 @@ TIMES: dict[str, TimeOf] = {
     "t": lambda schedule, node: node.t,
     "index": lambda schedule, node: float(schedule.index(node.t)),
     "unit": lambda schedule, node: float(schedule.unit(node.t)),
-    "sigma": lambda schedule, node: node.sigma / node.alpha,
-    "log_sigma": lambda schedule, node: math.log(node.sigma / node.alpha) / 4,  # c_noise of EDM, Table 1
+    "sigma": lambda schedule, node: _ratio(node),
+    "log_sigma": lambda schedule, node: math.log(_ratio(node)) / 4,  # c_noise of EDM, Table 1
 }
+
+
+def _ratio(node: Node) -> float:
+    if node.alpha == 0:
+        raise ValueError(f"sigma / alpha, the time of this network, is infinite at t = {node.t:g}; start below it")
+    return node.sigma / node.alpha
 
 
 @dataclass
@@ -82,14 +88,14 @@ class Denoiser:
     def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
         u, w = self._pair(node)
         output = self.output(x, self.time(self.schedule, node), **condition)
-        return torch.add(x * u, output, alpha=w) if u else output
+        return (x * u).add_(output, alpha=w) if u else output * w  # never the network's own tensor: it may reuse it
 
     def output(self, x: Tensor, time: float | Tensor, **condition: Any) -> Tensor:
         """What the network says at x and `time` (its own units, a number or [B]), in the dtype of x."""
         seen = x if self.dtype is None or self.dtype == x.dtype else x.to(self.dtype)
-        t = time if isinstance(time, Tensor) else torch.full((len(x),), time, device=x.device, dtype=_time_dtype(x))
+        t = time if isinstance(time, Tensor) else _rows(time, seen)
         self.count.calls += 1
-        self.count.rows += len(x)
+        self.count.rows += x.shape[0]
         output = self.network(seen, t, **condition)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -120,8 +126,10 @@ def _without_variance(output: Tensor, x: Tensor) -> Tensor:
     return output[:, : x.shape[1]]
 
 
-def _time_dtype(x: Tensor) -> torch.dtype:  # half precision would round 999 to 1000
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _rows(time: float, seen: Tensor) -> Tensor:
+    """The time of every sample; half precision would round 999 to 1000."""
+    dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
+    return torch.full((seen.shape[0],), time, device=seen.device, dtype=dtype)
 
 
 def _dtype_of(network: Any) -> torch.dtype | None:

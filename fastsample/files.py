@@ -40,7 +40,7 @@ def folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise OSError(f"cannot write into {path}: {error.strerror}; choose another folder or mend its rights") from error
+        raise OSError(f"cannot write into {path}: {error.strerror}; choose another or mend its rights") from error
     return path
 
 

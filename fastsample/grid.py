@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -47,7 +49,7 @@ class Grid:
     spacing: str = "given times"
 
     def steps(self) -> Iterator[tuple[Node, Node]]:
-        return zip(self.nodes[:-1], self.nodes[1:], strict=True)
+        return pairwise(self.nodes)
 
     def node(self, lam: float) -> Node:
         """The node at log(alpha / sigma) = lam, for solvers that evaluate between the nodes of the grid."""
@@ -78,17 +80,26 @@ def grid(
         last interval returns x0 itself.
     round_to_index: round each time to the nearest index the network was trained at (VP tables only).
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     spacing = spacing or uniform_lam
     if not callable(spacing):
         raise ValueError(f"spacing must be a function such as fs.uniform_lam ({', '.join(SPACINGS)}), got {spacing!r}")
     first = schedule.t_max if start is None else float(start)
-    times = [float(t) for t in spacing(schedule, steps, first, end)]
+    last = schedule.t_zero if end is None else float(end)
+    if not schedule.t_zero <= last < first <= schedule.t_max:
+        raise ValueError(
+            f"a grid runs down from start to end within t = {schedule.t_max:g} .. {schedule.t_zero:g} (sigma = 0), got "
+            f"start = {first:g}, end = {last:g}"
+        )
+    times = [float(t) for t in spacing(schedule, int(steps), first, end)]
     name = getattr(spacing, "__name__", type(spacing).__name__)
-    wanted = steps + (end is not None)
+    wanted = int(steps) + (end is not None)
     if len(times) != wanted:
         raise ValueError(f"spacing {name} gave {len(times)} times for {steps} steps, expected {wanted}")
+    for asked, given in ((start, times[0]), (end, times[-1])):
+        if asked is not None and not math.isclose(asked, given, abs_tol=1e-9):
+            raise ValueError(f"spacing {name} gave {times[0]:g} .. {times[-1]:g}, but the grid was asked for {asked:g}")
     if round_to_index:
         if not isinstance(schedule, VP):
             raise ValueError(f"round_to_index needs a schedule with a table of betas (VP), got {schedule!r}")
@@ -106,7 +117,7 @@ def _check(times: list[float], schedule: Schedule, name: str) -> None:
     outside = [t for t in times if not low <= t <= high]
     if outside:
         raise ValueError(f"time {outside[0]:g} lies outside {schedule!r}: [{schedule.t_zero:g}, {schedule.t_max:g}]")
-    for s, t in zip(times[:-1], times[1:], strict=True):
+    for s, t in pairwise(times):
         if not t < s:
             raise ValueError(
                 f"spacing {name} gave times that do not decrease ({s:g} then {t:g}); use fewer steps, another "
@@ -136,11 +147,7 @@ def quadratic_t(schedule: Schedule, steps: int, start: float, end: float | None)
 
 def uniform_lam(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
     """Equal steps in lam = log(alpha / sigma). Lu et al. 2022, arXiv:2206.00927, Sec. 3.3."""
-    if not float(schedule.alpha(start)) > 0:
-        raise ValueError(
-            f"uniform_lam cannot start at t = {start:g}, where alpha = 0 and lam = -inf; pass start < {start:g} "
-            f"or use spacing=fs.uniform_t"
-        )
+    _check_lam(schedule, start, end, "uniform_lam")
     return _between(lambda t: float(schedule.lam(t)), lambda v: float(schedule.time(v)), schedule, steps, start, end)
 
 
@@ -149,16 +156,12 @@ def karras(schedule: Schedule, steps: int, start: float, end: float | None, rho:
 
     Where the end is sigma = 0 the last evaluation is at `t_min`. Karras et al. 2022, arXiv:2206.00364, Eq. 5.
     """
-    if not float(schedule.alpha(start)) > 0:
-        raise ValueError(
-            f"karras cannot start at t = {start:g}, where alpha = 0 and sigma / alpha is infinite; pass "
-            f"start < {start:g} or use spacing=fs.uniform_t"
-        )
+    _check_lam(schedule, start, end, "karras")
     count = steps + (end is not None)
     last = schedule.t_min if end is None else end
     ends = [math.exp(-float(schedule.lam(t)) / rho) for t in (start, last)]
     times = [float(schedule.time(-rho * math.log(r))) for r in np.linspace(ends[0], ends[1], count)]
-    return _pinned(times, start, last if count > 1 else start)
+    return _pinned(times, start, last)
 
 
 def leading(schedule: Schedule, steps: int, start: float, end: float | None, offset: int = 0) -> list[float]:
@@ -176,7 +179,8 @@ def trailing(schedule: Schedule, steps: int, start: float, end: float | None) ->
 def linspace(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
     """Indices evenly from T - 1 to 0, both evaluated, rounded: "linspace" of Lin et al. 2023, Tab. 2."""
     count = _table_size(schedule, steps, start, end, "linspace")
-    return [float(t) for t in np.linspace(0, count - 1, steps).round()[::-1]]
+    points = np.linspace(0, count - 1, max(steps, 2)).round()  # one step starts at the noise, not at 0
+    return [float(t) for t in points[::-1][:steps]]
 
 
 def at_times(times: Sequence[float]) -> Spacing:
@@ -211,6 +215,16 @@ def _between(
 
 def _pinned(times: list[float], first: float, last: float) -> list[float]:
     return [first, *times[1:-1], last] if len(times) > 1 else [first]  # the round trip may miss by an ulp
+
+
+def _check_lam(schedule: Schedule, start: float, end: float | None, name: str) -> None:
+    if not float(schedule.alpha(start)) > 0:
+        raise ValueError(
+            f"{name} cannot start at t = {start:g}, where alpha = 0 and lam = -inf; pass start < {start:g} or use "
+            f"spacing=fs.uniform_t"
+        )
+    if end is not None and not float(schedule.sigma(end)) > 0:
+        raise ValueError(f"{name} cannot end at t = {end:g}, where sigma = 0 and lam = inf; leave end=None for that")
 
 
 def _table_size(schedule: Schedule, steps: int, start: float, end: float | None, name: str) -> int:

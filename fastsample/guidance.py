@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from .denoiser import Denoiser, Model
 from .grid import Node
-from .prediction import EPS
+from .prediction import X0, Prediction
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Guided:
-    """Classifier-free guidance: uncond + scale (cond - uncond), so scale 1 is none. Ho and Salimans 2022, arXiv:2207.12598.
+    """Classifier-free guidance: uncond + scale (cond - uncond), so scale 1 is none.
+
+    Ho and Salimans 2022, arXiv:2207.12598.
 
     cond, uncond: the network's keyword conditions, such as {"class_labels": labels}; tensors are [B, ...].
     batched: one call with a doubled batch, or (False) two calls.
@@ -47,6 +50,8 @@ class Guided:
                 f"cond has the keywords {sorted(self.cond)} and uncond {sorted(self.uncond)}; give both "
                 f"the same, or batched=False"
             )
+        if self.interval is not None and not self.interval[0] <= self.interval[1]:
+            raise ValueError(f"interval is (low, high) in lam, got {self.interval}: it would never guide")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is a share from 0 to 1, got {self.rescale:g}")
 
@@ -72,22 +77,32 @@ class Guided:
         return cond, uncond
 
     def _rescaled(self, x: Tensor, node: Node, guided: Tensor, cond: Tensor) -> Tensor:
-        prediction = self.model.prediction if isinstance(self.model, Denoiser) else EPS
+        prediction = _prediction_of(self.model)
         p, q = prediction.output(node.alpha, node.sigma)
         u, w = prediction.x0(node.alpha, node.sigma)
         output, target = p * x + q * guided, p * x + q * cond
-        axes = tuple(range(1, x.dim()))
-        factor = target.std(axes, keepdim=True) / output.std(axes, keepdim=True)
-        return u * x + w * (output * (1 + self.rescale * (factor - 1)))
+        factor = _by_sample(_rows(target).std(1) / _rows(output).std(1), x)
+        rescaled: Tensor = u * x + w * (output * (1 + self.rescale * (factor - 1)))
+        return rescaled
+
+
+def _prediction_of(model: Model) -> Prediction:
+    """What the network below the wrappers predicts; any other model is asked for x0 alone."""
+    while isinstance(model, Guided | Thresholded):
+        model = model.model
+    return model.prediction if isinstance(model, Denoiser) else X0
 
 
 def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
+    """The condition of the doubled batch; nested ones, such as SDXL's added_cond_kwargs, tensor by tensor."""
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if len(cond) != batch or len(uncond) != batch:
             raise ValueError(
                 f"condition {key!r} has {len(cond)} and {len(uncond)} rows for a batch of {batch}; give one a sample"
             )
         return torch.cat([cond, uncond])
+    if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
+        return {name: _pair(f"{key}.{name}", cond[name], uncond[name], batch) for name in cond}
     if cond is uncond or cond == uncond:
         return cond
     raise TypeError(f"condition {key!r} differs between cond and uncond and is no tensor; pass batched=False")
@@ -118,6 +133,22 @@ class Thresholded:
         x0 = self.model.predict(x, node, **condition)
         if self.dynamic is None:
             return x0.clamp(-self.limit, self.limit)
-        bound = x0.flatten(1).abs().quantile(self.dynamic, dim=1).clamp(min=self.limit)
-        bound = bound.view(-1, *[1] * (x0.dim() - 1))
+        bound = _by_sample(_quantile(_rows(x0).abs(), self.dynamic).clamp(min=self.limit), x0)
         return x0.clamp(-bound, bound) * (self.limit / bound)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, ...] as [B, numbers of one sample]."""
+    return x.unsqueeze(-1).flatten(1)
+
+
+def _by_sample(numbers: Tensor, x: Tensor) -> Tensor:
+    """[B] in a shape that multiplies x [B, ...]."""
+    return numbers.view(-1, *[1] * (x.dim() - 1))
+
+
+def _quantile(rows: Tensor, share: float) -> Tensor:
+    """Like rows.quantile(share, dim=1), where older torch refuses more than 16 million numbers, 21 images of 512."""
+    place = share * (rows.shape[1] - 1)
+    ordered, low = rows.sort(dim=1).values, int(place)
+    return torch.lerp(ordered[:, low], ordered[:, math.ceil(place)], place - low)

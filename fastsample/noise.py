@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -38,12 +39,13 @@ class Noise:
         return (len(self.seeds), *self.sample_shape)
 
     def draw(self, k: int) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"  # only from pinned memory may a copy run on while we go on
+        out = torch.empty(self.shape, dtype=self.dtype, pin_memory=pinned)
         generator = torch.Generator()
         for i, seed in enumerate(self.seeds):
             generator.manual_seed(seed if k == 0 else mix(seed, k))
             torch.randn(self.sample_shape, generator=generator, dtype=self.dtype, out=out[i])
-        return out.to(self.device, non_blocking=True)
+        return out.to(self.device, non_blocking=pinned)
 
 
 def noise(
@@ -54,7 +56,7 @@ def noise(
     dtype: torch.dtype = torch.float32,
 ) -> Noise:
     """Noise for one sample of `shape` for each seed: `fs.noise((3, 32, 32), seeds=range(16))` is a batch of 16."""
-    seeds = tuple(int(seed) for seed in seeds)
+    seeds = tuple(index(seed) for seed in seeds)
     if not seeds:
         raise ValueError("noise needs at least one seed: one sample is drawn for each")
     wrong = [seed for seed in seeds if not 0 <= seed < 2**32]

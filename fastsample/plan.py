@@ -80,6 +80,9 @@ class Plan:
         """Raise ValueError where the table cannot be run."""
         if not self.rows:
             raise ValueError("the plan has no rows: it would evaluate nothing")
+        ends = [number for node in (self.start, self.end) for number in (node.t, node.alpha, node.sigma)]
+        if len(self.entry) != 2 or not all(math.isfinite(number) for number in (*self.entry, *ends)):
+            raise ValueError(f"start, end or entry {self.entry} of the plan holds a number that is not finite")
         for k, row in enumerate(self.rows):
             numbers = [row.p, row.q, row.a, *row.b, *row.c, row.node.t, row.node.alpha, row.node.sigma]
             if not all(math.isfinite(number) for number in numbers):
@@ -120,21 +123,20 @@ class Plan:
         """Read and check a plan. Raises ValueError for a file that is damaged, edited or of another version."""
         try:
             text = json.loads(Path(path).read_text(encoding="utf-8"))
-            if text["format"] != "fastsample.plan":
-                raise KeyError("format")
-            if text["version"] != VERSION:
-                raise ValueError(f"{path} is a plan of version {text['version']}, this fastsample reads {VERSION}")
+            if text["format"] != "fastsample.plan" or text["version"] != VERSION:
+                raise ValueError(f"it says format {text['format']}, version {text['version']}")
             body = text["plan"]
             if _digest(body) != text["sha256"]:
-                raise ValueError(f"{path} is damaged or was edited: its checksum does not match; make the plan again")
+                raise ValueError("its checksum does not match its numbers; make the plan again")
             rows = tuple(
                 Row(**{**row, "node": Node(**row["node"]), "b": tuple(row["b"]), "c": tuple(row["c"])})
                 for row in body["rows"]
             )
             nodes = {"start": Node(**body["start"]), "end": Node(**body["end"])}
             return cls(**{**body, **nodes, "rows": rows, "entry": tuple(body["entry"])})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a fastsample plan, or it is damaged: {error!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            cause = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no fastsample plan of version {VERSION}, or it is damaged: {cause}") from error
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -172,11 +174,14 @@ def _read(tape: Tape, solver: Solver, grid: Grid, options: dict[str, Any]) -> Pl
         last = solver(cast(Any, tape), cast(Any, tape.first()), grid, **options)
     except ZeroDivisionError:  # the solver's own arithmetic, such as sigma / alpha at alpha = 0
         raise tape.infinite("infinite") from None
-    if not isinstance(last, Expr):
-        raise ValueError(f"{tape.solver} returned {type(last).__name__}, not the state it was given to move")
+    except (TypeError, AttributeError) as error:
+        if Expr.__name__ not in str(error):  # a fault of the solver itself
+            raise
+        raise ValueError(f"{tape.solver} does more to a state than sums and multiples ({error}); that is no plan, run "
+                         f"it with fs.solve") from error  # fmt: skip
     if not tape.nodes:
         raise ValueError(f"{tape.solver} never called model.predict")
-    tape.close(last)
+    tape.close(cast(Any, last))
     return Plan(
         solver=tape.solver,
         schedule=repr(grid.schedule),
@@ -215,7 +220,7 @@ class Expr:
 
     __radd__ = __add__
 
-    def __mul__(self, factor: float) -> Expr:
+    def __mul__(self, factor: float | Fraction) -> Expr:
         if isinstance(factor, Expr):
             raise ValueError(f"{self.tape.solver} multiplies two states; that is no plan, run it with fs.solve")
         exact = self.tape.exact(factor)
@@ -264,16 +269,16 @@ class Tape:
         """A unit noise, one for each evaluation; draws made before the first evaluation count as z_{-1}."""
         k = len(self.nodes) - 1
         if k in self.drawn:
-            raise ValueError(f"{self.solver} draws two noises after evaluation {k}; a plan holds one for each")
+            raise ValueError(f"{self.solver} draws two noises between two evaluations; there is one for each")
         self.drawn.add(k)
         return Expr(self, {("z", k): Fraction(1)})
 
     def close(self, x: Expr) -> None:
         self._close_row(x, None)
 
-    def exact(self, number: float) -> Fraction:
+    def exact(self, number: float | Fraction) -> Fraction:
         try:
-            return Fraction(number)
+            return Fraction(number if isinstance(number, int | Fraction) else float(number))
         except (OverflowError, ValueError):
             raise self.infinite(str(number)) from None
 
@@ -283,7 +288,8 @@ class Tape:
 
     def latest(self, terms: dict[Symbol, Fraction]) -> dict[Symbol, Fraction]:
         """Rewrite older states through the newest one, so that expressions stay short."""
-        for k in range(-1, len(self.made) - 1):
+        oldest = min((k for kind, k in terms if kind == "x"), default=len(self.made))
+        for k in range(oldest, len(self.made) - 1):
             number = terms.get(("x", k))
             a, rest = self.made[k + 1]
             if number is None or not a:
@@ -304,6 +310,8 @@ class Tape:
 
     def _close_row(self, x: Expr, node: Node | None) -> None:
         """Read x, the state at the next evaluation, as a row of the table."""
+        if not isinstance(x, Expr):
+            raise ValueError(f"{self.solver} moved {type(x).__name__}, not the state that it was given")
         k = len(self.nodes) - 1
         terms = self.latest(x.terms)
         a = terms.get(("x", k), Fraction(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
@@ -13,6 +14,7 @@ from .grid import Grid, Node
 from .noise import Noise
 from .plan import Plan, Solver
 from .progress import track
+from .schedule import Schedule
 from .step import plan_step
 
 Callback = Callable[[int, Tensor, Tensor], object]
@@ -72,28 +74,42 @@ def sample(
     """
     _check_fit(model, plan)
     draw = _source(noise, stochastic=plan.stochastic, name=plan.solver)
-    condition = condition or {}
-    x = _start(draw(0), init, plan.start)
-    used, keep, keep_noise = plan.noises, plan.memory, max(len(row.c) for row in plan.rows)
+    start, condition = _start(draw(0), init, plan.start), condition or {}
+    x, states = _run(model, plan, start, draw, condition, callback, trajectory, progress)
+    if not _finite(x):
+        _run(_Watched(model), plan, start, draw, condition)
+        raise FloatingPointError(f"{plan.solver} ended at NaN or infinity although no prediction was; use float64")
+    return (x, states) if trajectory else x
+
+
+def _run(
+    model: Model,
+    plan: Plan,
+    x: Tensor,
+    draw: Callable[[int], Tensor],
+    condition: Mapping[str, Any],
+    callback: Callback | None = None,
+    trajectory: bool = False,
+    progress: bool | None = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loop itself: the state at the end and, if wanted, the states before it."""
+    used, older, widest = plan.noises, plan.memory - 1, max(len(row.c) for row in plan.rows)
     memory: list[Tensor] = []
-    noises: list[Tensor] = []
-    if plan.entry != (1.0, 0.0):
-        noises = [draw(1) if -1 in used else torch.zeros_like(x)]
-        x = plan.entry[0] * x + plan.entry[1] * noises[0]
-    states = [x]
+    noises = [draw(1) if -1 in used else x]  # x holds the place of a noise whose factor is 0
+    a, c = plan.entry
+    if (a, c) != (1.0, 0.0):
+        x = a * x + c * noises[0]
+    states = [x] if trajectory else []
     for k, row in enumerate(track(plan.rows, plan.solver, progress)):
         x0 = model.predict(x, row.node, **condition)
         if callback is not None:
             callback(k, x, x0)
-        if keep_noise:
-            noises = [draw(k + 2) if k in used else x, *noises[: keep_noise - 1]]  # x: a place, its factor is 0
+        noises = [draw(k + 2) if k in used else x, *noises][:widest]
         x, m = plan_step(x, x0, memory, noises, row)
-        memory = [m, *memory[: keep - 1]]
+        memory = [m, *memory][:older]
         if trajectory:
             states.append(x)
-    if not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
-        _blame(model, plan, noise, init, condition)
-    return (x, states) if trajectory else x
+    return x, states
 
 
 @torch.no_grad()
@@ -109,29 +125,65 @@ def solve(
 ) -> Tensor:
     """Run a solver's function directly on tensors: the reference for its plan, and the way for those without one.
 
-    Arguments as for `sample`; options: the solver's own keywords.
+    Arguments and errors as for `sample`; options: the solver's own keywords.
     """
-    draw = _source(noise, stochastic=False, name=getattr(solver, "__name__", "the solver"))
-    return solver(_Direct(model, draw, condition or {}), _start(draw(0), init, grid.nodes[0]), grid, **options)
+    name = getattr(solver, "__name__", type(solver).__name__)
+    draw = _source(noise, stochastic=False, name=name)
+    start, condition = _start(draw(0), init, grid.nodes[0]), condition or {}
+    x = solver(_Direct(model, draw, condition, name), start, grid, **options)
+    if not _finite(x):
+        solver(_Direct(_Watched(model), draw, condition, name), start, grid, **options)
+        raise FloatingPointError(f"{name} ended at NaN or infinity although no prediction was; use float64")
+    return x
 
 
 class _Direct:
     """The model as a solver sees it in `solve`; noises are numbered as in a plan."""
 
-    def __init__(self, model: Model, draw: Callable[[int], Tensor], condition: Mapping[str, Any]):
-        self.model, self.draw, self.condition = model, draw, condition
+    def __init__(self, model: Model, draw: Callable[[int], Tensor], condition: Mapping[str, Any], name: str):
+        self.model, self.draw, self.condition, self.name = model, draw, condition, name
         self.evaluations = 0
+        self.drawn = -1
 
     def predict(self, x: Tensor, node: Node) -> Tensor:
         self.evaluations += 1
         return self.model.predict(x, node, **self.condition)
 
     def noise(self) -> Tensor:
+        if self.drawn == self.evaluations:
+            raise ValueError(f"{self.name} draws two noises between two evaluations; there is one for each")
+        self.drawn = self.evaluations
         return self.draw(self.evaluations + 1)
 
 
+class _Watched:
+    """The model with a look at every evaluation: looking waits for the device, so only a failed run is repeated so."""
+
+    def __init__(self, model: Model):
+        self.model, self.evaluations = model, 0
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.model.schedule
+
+    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+        x0 = self.model.predict(x, node, **condition)
+        self.evaluations += 1
+        for what, tensor in (("the network was given", x), ("the network returned", x0)):
+            bad = (~tensor.isfinite()).unsqueeze(-1).flatten(1).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise FloatingPointError(
+                    f"{what} NaN or infinity at step {self.evaluations} (t = {node.t:g}, sigma = {node.sigma:.4g}) for "
+                    f"samples {bad[:8]}; check the noise, the network's weights, its dtype and its range of times"
+                )
+        return x0
+
+
+def _finite(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or bool(x.isfinite().all())  # the one wait for the device, after the loop
+
+
 def _start(noise: Tensor, init: Tensor | None, first: Node) -> Tensor:
-    noise = noise if noise.dtype == torch.float64 else noise.float()
     if init is None:
         return noise * first.sigma
     if init.shape != noise.shape:
@@ -140,47 +192,39 @@ def _start(noise: Tensor, init: Tensor | None, first: Node) -> Tensor:
 
 
 def _source(noise: Noise | Tensor, *, stochastic: bool, name: str) -> Callable[[int], Tensor]:
-    if isinstance(noise, Noise):
-        return noise.draw
-    if not isinstance(noise, Tensor):
+    """The noises of a run by number, 0 for the start, in the dtype of its state."""
+    if not isinstance(noise, Noise | Tensor):
         raise TypeError(f"noise must come from fs.noise(...) or be a tensor, got {type(noise).__name__}")
-    if stochastic:
-        raise ValueError(f"{name} adds noise at its steps: pass noise=fs.noise(shape, seeds=...), not a tensor")
+    if isinstance(noise, Tensor) and noise.dim() == 0:
+        raise ValueError("noise must be a tensor [B, ...] with one entry for each sample, got a single number")
+    refusal = f"{name} adds noise at its steps: pass noise=fs.noise(shape, seeds=...), not a tensor"
+    if isinstance(noise, Tensor) and stochastic:
+        raise ValueError(refusal)
 
-    def only_first(k: int) -> Tensor:
-        if k:
-            raise ValueError(f"{name} adds noise at its steps: pass noise=fs.noise(shape, seeds=...), not a tensor")
-        return noise
+    def draw(k: int) -> Tensor:
+        if isinstance(noise, Tensor) and k:
+            raise ValueError(refusal)
+        z = noise if isinstance(noise, Tensor) else noise.draw(k)
+        return z if z.dtype == torch.float64 else z.float()
 
-    return only_first
+    return draw
 
 
 def _check_fit(model: Model, plan: Plan) -> None:
     """A plan made for another schedule would sample in silence, and badly."""
-    t = torch.tensor([row.node.t for row in plan.rows], dtype=torch.float64)
-    there = torch.stack([model.schedule.alpha(t), model.schedule.sigma(t)])
-    planned = torch.tensor([[row.node.alpha for row in plan.rows], [row.node.sigma for row in plan.rows]])
-    wrong = ~torch.isclose(there, planned.double(), rtol=1e-5, atol=1e-7).all(0)
-    if wrong.any():
-        k = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"the plan was made for {plan.schedule} and does not fit this model's {model.schedule!r}: at t = {t[k]:g} "
-            f"sigma is {planned[1, k]:.6g} in the plan, {there[1, k]:.6g} in the schedule; trace it on "
-            f"fs.grid(model.schedule, ...)"
-        )
-
-
-def _blame(model: Model, plan: Plan, noise: Noise | Tensor, init: Tensor | None, condition: Mapping[str, Any]) -> None:
-    """Run once more with a look at every evaluation: looking costs a wait for the device, so `sample` does not."""
-
-    def look(k: int, x: Tensor, x0: Tensor) -> None:
-        bad = (~x0.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        if bad:
-            node = plan.rows[k].node
-            raise FloatingPointError(
-                f"the network returned NaN or infinity at step {k + 1} of {plan.nfe} (t = {node.t:g}, sigma = "
-                f"{node.sigma:.4g}) for samples {bad[:8]}; check its weights, its dtype and its range of times"
+    if torch.compiler.is_compiling():  # a graph cannot ask; the run without one does
+        return
+    nodes = [row.node for row in plan.rows]
+    t = torch.tensor([node.t for node in nodes], dtype=torch.float64)
+    there = zip(model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist())
+    for node, (alpha, sigma) in zip(nodes, there):
+        if not (_close(node.alpha, alpha) and _close(node.sigma, sigma)):
+            raise ValueError(
+                f"the plan was made for {plan.schedule} and does not fit this model's {model.schedule!r}: at "
+                f"t = {node.t:g} sigma is {node.sigma:.6g} in the plan, {sigma:.6g} in the schedule; trace it on "
+                f"fs.grid(model.schedule, ...)"
             )
 
-    sample(model, plan, noise, init=init, condition=condition, callback=look, trajectory=False, progress=False)
-    raise FloatingPointError(f"the result of {plan.solver} is not finite although every prediction was; use float32")
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)  # tables in float32, as diffusers has them, still fit

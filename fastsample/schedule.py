@@ -1,6 +1,7 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps.   lam = log(alpha / sigma), half the log-SNR.
 
-Every method takes a number or a tensor of times and returns float64. Time runs from `t_max` (noise) down to
+Every method takes a number or a tensor of times and returns a float64 tensor; `index` and `unit`, which the
+sampling loop asks at every step, return a number for a number. Time runs from `t_max` (noise) down to
 `t_min` (the least noisy time that networks of this schedule are trained at); sigma is 0 at `t_zero`.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Times = float | Tensor
+T = TypeVar("T", float, Tensor)
 
 
 class Schedule:
@@ -38,11 +41,11 @@ class Schedule:
         """The time at which log(alpha / sigma) = lam: the exact inverse of `lam`."""
         raise NotImplementedError(f"{type(self).__name__} must define time(lam)")
 
-    def index(self, t: Times) -> Tensor:
+    def index(self, t: T) -> T:
         """The time as an index 0..999, for networks trained with one."""
         raise ValueError(f"{type(self).__name__} has no time index; give the Denoiser another `time=`")
 
-    def unit(self, t: Times) -> Tensor:
+    def unit(self, t: T) -> T:
         """The time in [0, 1], for networks trained with one."""
         raise ValueError(f"{type(self).__name__} has no time in [0, 1]; give the Denoiser another `time=`")
 
@@ -133,11 +136,12 @@ class VP(VariancePreserving):
         return torch.cat([steps.new_zeros(1), 0.5 * steps.cumsum(0)])
 
     def log_alpha(self, t: Times) -> Tensor:
-        t = _float64(t)
-        table = self._table.to(t.device)
-        i = (t + 1).floor().clamp(0, len(self.betas) - 1).long()
-        w, low, high = t + 1 - i, table[i], table[i + 1]
-        return torch.where(high.isinf(), low + torch.log1p(-w), low + w * (high - low).nan_to_num(neginf=0.0))
+        u = _float64(t) + 1
+        table = self._table.to(u.device)
+        i = u.long().clamp(0, len(self.betas) - 1)
+        low, high = table[i], table[i + 1]
+        log_alpha = torch.lerp(low, high, u - i)
+        return log_alpha if self.betas[-1] < 1 else torch.where(high.isinf(), low + torch.log1p(i - u), log_alpha)
 
     def time(self, lam: Times) -> Tensor:
         log_alpha = _log_alpha_at(lam)
@@ -147,11 +151,11 @@ class VP(VariancePreserving):
         w = torch.where(high.isinf(), -torch.expm1(log_alpha - low), (log_alpha - low) / (high - low))
         return i + w - 1
 
-    def index(self, t: Times) -> Tensor:
-        return _float64(t)
+    def index(self, t: T) -> T:
+        return _exact(t)
 
-    def unit(self, t: Times) -> Tensor:
-        return (_float64(t) + 1) / len(self.betas)
+    def unit(self, t: T) -> T:
+        return (_exact(t) + 1) / len(self.betas)
 
 
 @dataclass(frozen=True)
@@ -177,11 +181,11 @@ class VPContinuous(VariancePreserving):
         half = 0.5 * self.beta_min
         return 2 * loss / (half + (half**2 + (self.beta_max - self.beta_min) * loss).sqrt())
 
-    def index(self, t: Times) -> Tensor:
-        return 999 * _float64(t)
+    def index(self, t: T) -> T:
+        return 999 * _exact(t)
 
-    def unit(self, t: Times) -> Tensor:
-        return _float64(t)
+    def unit(self, t: T) -> T:
+        return _exact(t)
 
 
 @dataclass(frozen=True)
@@ -235,18 +239,22 @@ class Flow(Schedule):
         return (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Times) -> Tensor:
-        t = _float64(t)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return self.unit(_float64(t))
 
     def time(self, lam: Times) -> Tensor:
         return torch.sigmoid(-_float64(lam) - np.log(self.shift))  # sigma / alpha = shift t / (1 - t)
 
-    def index(self, t: Times) -> Tensor:
-        return 1000 * self.sigma(t)
+    def index(self, t: T) -> T:
+        return 1000 * self.unit(t)
 
-    def unit(self, t: Times) -> Tensor:
-        return self.sigma(t)
+    def unit(self, t: T) -> T:  # these networks are told sigma
+        t = _exact(t)
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
 
 def _float64(t: Times | Sequence[float]) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
+
+
+def _exact(t: T) -> T:
+    return t.double() if isinstance(t, Tensor) else t

@@ -26,8 +26,9 @@ def from_diffusers(network: Any, scheduler: Any) -> Denoiser:
 
     The spacing is `model.spacing`: `fs.grid(model.schedule, steps, spacing=model.spacing, round_to_index=True)`.
     """
-    names = list(inspect.signature(network.forward).parameters)
-    if names[1:2] != ["timestep"]:
+    whole = getattr(network, "_orig_mod", network)  # torch.compile hides the signature
+    names = list(inspect.signature(getattr(whole, "forward", whole)).parameters)
+    if names[1:2] != ["timestep"] or "return_dict" not in names:
         raise ValueError(
             f"{type(network).__name__}.forward takes ({', '.join(names[:3])}, ...), but from_diffusers passes "
             f"(x, timestep, **condition); wrap it yourself: fs.Denoiser(lambda x, t, **c: ..., schedule, predicts=...)"
@@ -42,7 +43,7 @@ def from_diffusers(network: Any, scheduler: Any) -> Denoiser:
         Sampled(network),
         schedule,
         PREDICTS[predicts],
-        time="index",
+        time="log_sigma" if _continuous(config) else "index",
         spacing=spacing_of(config) if isinstance(schedule, VP) else None,
     )
 
@@ -59,10 +60,17 @@ class Sampled(torch.nn.Module):
         return output
 
 
+def _continuous(config: dict[str, Any]) -> bool:
+    """EulerDiscreteScheduler tells these networks ln(sigma) / 4, as EDM does."""
+    return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+
+
 def schedule_of(config: dict[str, Any]) -> Schedule:
     """The schedule of a diffusers scheduler's configuration, in float64 (diffusers makes it in float32)."""
     if "num_train_timesteps" not in config:
         raise ValueError(f"the scheduler's configuration lacks num_train_timesteps; it has {', '.join(sorted(config))}")
+    if config.get("use_flow_sigmas"):
+        return Flow(shift=float(config.get("flow_shift", 1.0)))
     if "beta_start" not in config:
         if "shift" not in config or config.get("use_dynamic_shifting"):
             raise ValueError("neither betas nor a fixed shift in the scheduler's configuration; make an fs.Denoiser")

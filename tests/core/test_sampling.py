@@ -1,0 +1,428 @@
+"""The one loop: equal to the direct run of every solver, in any batch, and never waiting for the device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastsample as fs
+
+from .toys import NOISY, ODE, SCHEDULES, Toy, adams_eps, churn, ddim, late_noise, long_noise, renoise, two_step
+
+VP = fs.VP.scaled_linear()
+SHAPE = (3, 5)
+TENSOR = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+EVERY = pytest.mark.parametrize("solver", ODE + NOISY, ids=lambda f: f.__name__)
+
+
+def seeded(batch=4, **options):
+    return fs.noise(SHAPE, seeds=range(batch), **options)
+
+
+def model(schedule=VP):
+    return fs.Denoiser(Toy(), schedule)
+
+
+def grid_of(solver, steps=7):
+    return fs.grid(VP, steps, end=VP.t_min if solver is adams_eps else None)  # in eps over sigma, sigma = 0 is far
+
+
+def plan_of(solver, steps=7):
+    return fs.trace(solver, grid_of(solver, steps))
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_plan_equals_the_direct_run(solver, steps):
+    noise = seeded(dtype=torch.float64)
+    ours = fs.sample(model(), plan_of(solver, steps), noise)
+    # exact fractions against float64 arithmetic: some hundred roundings of numbers near 1
+    torch.testing.assert_close(ours, fs.solve(model(), solver, grid_of(solver, steps), noise), rtol=1e-11, atol=1e-12)
+
+
+@EVERY
+def test_a_sample_does_not_depend_on_its_batch(solver):
+    plan = plan_of(solver)
+    many = fs.sample(model(), plan, seeded(64, dtype=torch.float64))
+    for seeds in ([5], [2, 3, 5, 7, 11, 13, 63]):
+        few = fs.sample(model(), plan, fs.noise(SHAPE, seeds=seeds, dtype=torch.float64))
+        assert torch.equal(few, many[seeds])
+
+
+def test_it_starts_at_the_noise_and_at_an_image():
+    plan = fs.trace(ddim, fs.grid(VP, 4, start=600.0))
+    _, (start, *_) = fs.sample(model(), plan, TENSOR, trajectory=True)
+    torch.testing.assert_close(start, plan.start.sigma * TENSOR)
+    init = torch.ones(4, *SHAPE, dtype=torch.float64)
+    _, (start, *_) = fs.sample(model(), plan, TENSOR, init=init, trajectory=True)
+    torch.testing.assert_close(start, plan.start.alpha + plan.start.sigma * TENSOR)
+    torch.testing.assert_close(
+        fs.sample(model(), plan, TENSOR, init=init),
+        fs.solve(model(), ddim, fs.grid(VP, 4, start=600.0), TENSOR, init=init),
+    )
+
+
+def test_the_trajectory_holds_every_state():
+    x0, states = fs.sample(model(), plan_of(churn), seeded(), trajectory=True)
+    assert len(states) == 8
+    assert states[-1] is x0
+    noise = seeded()
+    torch.testing.assert_close(states[0], plan_of(churn).start.sigma * (noise.draw(0) + 0.1 * noise.draw(1)))
+
+
+def test_the_callback_sees_every_evaluation_in_order():
+    seen = []
+    inner = model()
+    plan = plan_of(two_step)
+    _, states = fs.sample(
+        inner, plan, TENSOR, callback=lambda k, x, x0: seen.append((k, x, x0)), trajectory=True
+    )  # fmt: skip
+    assert [k for k, _, _ in seen] == list(range(7))
+    for (_, x, x0), state, row in zip(seen, states, plan.rows):
+        assert x is state
+        torch.testing.assert_close(x0, model().predict(x, row.node))
+
+
+def test_conditions_reach_the_network():
+    class Conditional(torch.nn.Module):
+        def forward(self, x, t, label):
+            return x * label.view(-1, 1, 1)
+
+    inner = fs.Denoiser(Conditional(), VP)
+    label = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    ours = fs.sample(inner, plan_of(ddim), TENSOR, condition={"label": label})
+    assert len({float(x.std()) for x in ours}) == 4
+    torch.testing.assert_close(ours, fs.solve(inner, ddim, grid_of(ddim), TENSOR, condition={"label": label}))
+
+
+@pytest.mark.parametrize("entry", [fs.sample, fs.solve])
+def test_noise_may_be_a_tensor_of_any_number_type(entry):
+    what = plan_of(ddim) if entry is fs.sample else ddim
+    rest = () if entry is fs.sample else (grid_of(ddim),)
+    run = lambda noise: entry(model(), what, *rest, noise)  # noqa: E731
+    assert torch.equal(run(TENSOR), run(TENSOR.transpose(0, 1).contiguous().transpose(0, 1)))
+    assert run(TENSOR.half()).dtype == torch.float32
+    assert run(TENSOR.int()).dtype == torch.float32
+    assert run(TENSOR.double()).dtype == torch.float64
+    assert run(TENSOR.clone().requires_grad_()).requires_grad is False
+    assert run(TENSOR[:0]).shape == (0, *SHAPE)
+    assert run(TENSOR[:, 0, 0]).shape == (4,)
+
+
+def test_all_noises_of_a_run_have_the_dtype_of_its_state():
+    noise = fs.noise(SHAPE, seeds=range(2), dtype=torch.float16)
+    drawn = []
+    fs.sample(model(), plan_of(renoise), noise, callback=lambda k, x, x0: drawn.append(x.dtype))
+    assert set(drawn) == {torch.float32}
+
+
+def test_a_tensor_of_noise_equals_the_seeds_it_was_drawn_from():
+    assert torch.equal(fs.sample(model(), plan_of(ddim), seeded()), fs.sample(model(), plan_of(ddim), seeded().draw(0)))
+
+
+def test_nothing_given_is_changed():
+    noise, init = TENSOR.clone(), torch.ones_like(TENSOR)
+    fs.sample(model(), plan_of(two_step), noise, init=init)
+    assert torch.equal(noise, TENSOR)
+    assert torch.equal(init, torch.ones_like(TENSOR))
+
+
+def test_a_network_may_write_into_one_buffer_every_time():
+    class Static(torch.nn.Module):
+        """As networks under a CUDA graph do."""
+
+        def __init__(self):
+            super().__init__()
+            self.buffer = torch.empty(4, *SHAPE)
+
+        def forward(self, x, t):
+            return torch.mul(x.tanh(), 0.5, out=self.buffer)
+
+    class Fresh(Static):
+        def forward(self, x, t):
+            return super().forward(x, t).clone()
+
+    for predicts in ("x0", "eps", "v", "flow"):
+        results = [
+            run
+            for network in (Static(), Fresh())
+            for run in (
+                fs.sample(fs.Denoiser(network, VP, predicts), plan_of(two_step), TENSOR),
+                fs.solve(fs.Denoiser(network, VP, predicts), two_step, grid_of(two_step), TENSOR),
+            )
+        ]
+        assert torch.equal(results[0], results[2])
+        assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "says"),
+    [
+        (ValueError, lambda: fs.sample(model(), plan_of(renoise), TENSOR), "renoise adds noise at its steps: pass"),
+        (ValueError, lambda: fs.sample(model(), plan_of(late_noise), TENSOR), "late_noise adds noise"),
+        (ValueError, lambda: fs.solve(model(), renoise, grid_of(renoise), TENSOR), "renoise adds noise"),
+        (TypeError, lambda: fs.sample(model(), plan_of(ddim), 3), "got int"),
+        (TypeError, lambda: fs.sample(model(), plan_of(ddim), (1, 8)), "got tuple"),
+        (ValueError, lambda: fs.sample(model(), plan_of(ddim), torch.tensor(1.0)), "one entry for each sample"),
+        (ValueError, lambda: fs.sample(model(), plan_of(ddim), TENSOR, init=TENSOR[:1]),
+         r"init has shape \(1, 3, 5\), the noise \(4, 3, 5\)"),
+        (ValueError, lambda: fs.sample(model(fs.VP.linear()), plan_of(ddim), TENSOR),
+         r"made for VP\(1000 betas, 0.00085 .. 0.012\) and does not fit this model's VP\(1000 betas, 0.0001 .. 0.02\)"),
+        (ValueError, lambda: fs.sample(model(fs.EDM()), plan_of(ddim), TENSOR), "does not fit"),
+        (ValueError, lambda: fs.sample(model(fs.Flow()), plan_of(ddim), TENSOR), "does not fit"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused(error, make, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_two_noises_between_two_evaluations_are_refused_in_a_direct_run_too():
+    def greedy(model, x, grid):
+        return model.predict(x, grid.nodes[0]) + model.noise() + model.noise()
+
+    with pytest.raises(ValueError, match="greedy draws two noises between two evaluations"):
+        fs.solve(model(), greedy, grid_of(ddim), seeded())
+
+
+def test_a_model_made_of_the_float32_table_of_diffusers_fits():
+    table = fs.VP(tuple(float(beta) for beta in torch.tensor(VP.betas, dtype=torch.float32)))
+    fs.sample(model(table), plan_of(ddim), TENSOR)
+
+
+# numbers that are not finite
+
+
+class Breaks(torch.nn.Module):
+    """Returns NaN or infinity for some samples from one call on."""
+
+    def __init__(self, at, value, samples):
+        super().__init__()
+        self.at, self.value, self.samples = at, value, samples
+
+    def forward(self, x, t):
+        out = 0.1 * x
+        if t.flatten()[0] <= self.at:
+            out[self.samples] = self.value
+        return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", [ddim, two_step, renoise], ids=lambda f: f.__name__)
+def test_a_prediction_that_is_not_finite_is_named_with_step_time_and_sample(solver, value):
+    plan = plan_of(solver)
+    third = plan.rows[2].node
+    broken = fs.Denoiser(Breaks(third.t + 1e-3, value, [1, 3]), VP)
+    says = rf"the network returned NaN or infinity at step 3 \(t = {third.t:g}, .*\) for samples \[1, 3\]"
+    with pytest.raises(FloatingPointError, match=says):
+        fs.sample(broken, plan, seeded())
+    with pytest.raises(FloatingPointError, match=says):
+        fs.solve(broken, solver, grid_of(solver), seeded())
+
+
+def test_noise_that_is_not_finite_is_not_blamed_on_the_network():
+    noise = TENSOR.clone()
+    noise[2, 1, 1] = torch.nan
+    for run in (
+        lambda: fs.sample(model(), plan_of(ddim), noise),
+        lambda: fs.solve(model(), ddim, grid_of(ddim), noise),
+    ):
+        with pytest.raises(FloatingPointError, match=r"was given NaN or infinity at step 1 .*samples \[2\]"):
+            run()
+
+
+def test_a_result_that_is_not_finite_after_sound_predictions_is_named():
+    plan = plan_of(ddim)
+    huge = replace(plan, rows=(*plan.rows[:-1], replace(plan.rows[-1], b=(1e38,))))
+    far = fs.Denoiser(lambda x, t: torch.full_like(x, 1e3), VP, "x0")
+    with pytest.raises(FloatingPointError, match="ddim ended at NaN or infinity although no prediction was"):
+        fs.sample(far, huge, TENSOR)
+
+
+def test_the_batch_of_single_numbers_has_its_bad_samples_named_too():
+    broken = fs.Denoiser(Breaks(1000, float("nan"), [2]), VP)
+    with pytest.raises(FloatingPointError, match=r"samples \[2\]"):
+        fs.sample(broken, plan_of(ddim), TENSOR[:, 0, 0])
+
+
+# modes of torch
+
+
+def test_it_runs_in_inference_mode():
+    expected = fs.sample(model(), plan_of(two_step), TENSOR)
+    with torch.inference_mode():
+        assert torch.equal(fs.sample(model(), plan_of(two_step), TENSOR), expected)
+
+
+def test_it_leaves_no_graph_of_gradients():
+    linear = torch.nn.Linear(5, 5)
+    inner = fs.Denoiser(torch.nn.Module(), VP)
+    inner.network = lambda x, t: linear(x)
+    x, states = fs.sample(inner, plan_of(ddim), TENSOR, trajectory=True)
+    assert not x.requires_grad
+    assert not any(state.requires_grad for state in states)
+    assert not fs.solve(inner, ddim, grid_of(ddim), TENSOR).requires_grad
+    assert torch.is_grad_enabled()
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(5, 5)
+
+    def forward(self, x, t):
+        return 0.1 * self.linear(x)
+
+
+def test_autocast_keeps_a_float32_state():
+    dtypes = []
+    inner = fs.Denoiser(Mixing(), VP)
+    expected = fs.sample(inner, plan_of(ddim), TENSOR)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert inner.network(TENSOR, None).dtype == torch.bfloat16
+        ours = fs.sample(
+            inner, plan_of(ddim), TENSOR, callback=lambda k, x, x0: dtypes.extend([x.dtype, x0.dtype])
+        )  # fmt: skip
+    assert set(dtypes) == {torch.float32}
+    # bfloat16 has 8 bits: 0.4 % of each of 7 predictions, where their sum is of the size of the noise over alpha
+    torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_compiled_network_is_a_network():
+    eager = fs.Denoiser(Mixing(), VP)
+    compiled = fs.Denoiser(torch.compile(Mixing(), backend="eager"), VP)
+    assert compiled.dtype == torch.float32
+    torch.testing.assert_close(
+        fs.sample(compiled, plan_of(ddim), TENSOR), fs.sample(eager, plan_of(ddim), TENSOR)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", [two_step, ddim], ids=lambda f: f.__name__)
+def test_the_whole_loop_compiles_to_one_graph(solver):
+    torch._dynamo.reset()
+    inner, plan = fs.Denoiser(Mixing(), VP), plan_of(solver)
+    whole = torch.compile(lambda noise: fs.sample(inner, plan, noise), fullgraph=True, backend="aot_eager")
+    for noise in (TENSOR, TENSOR + 1):
+        torch.testing.assert_close(whole(noise), fs.sample(inner, plan, noise))
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operations that reach the device between the first and the last call of the network."""
+
+    WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_copy", "copy_", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.marks = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def waits(self):
+        return [name for name in self.names[self.marks[0] : self.marks[-1]] if name in self.WAITS]
+
+
+@EVERY
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_loop_never_waits_for_the_device(solver, guided):
+    """Without a GPU: nothing that reads a number back is dispatched between the network's calls."""
+    recorder = Recorder()
+
+    def network(x, t, **condition):
+        recorder.marks.append(len(recorder.names))
+        return 0.5 * x.tanh()
+
+    inner = fs.Denoiser(network, VP)
+    if guided:
+        labels = torch.zeros(4), torch.ones(4)
+        inner = fs.Guided(inner, {"c": labels[0]}, {"c": labels[1]}, scale=2.0, rescale=0.5)
+        inner = fs.Thresholded(inner, dynamic=0.9)
+    drawn = seeded()
+    # noises are drawn on the CPU and sent without a wait; here they lie ready, so that only the loop is looked at
+    ready = {k: drawn.draw(k) for k in range(10)}
+    noise = Ready(drawn.sample_shape, drawn.seeds, drawn.device, drawn.dtype)
+    object.__setattr__(noise, "ready", ready)
+    plan = plan_of(solver)
+    with recorder:
+        fs.sample(inner, plan, noise)
+    assert len(recorder.marks) == plan.nfe
+    assert recorder.waits() == []
+    assert "mul" in recorder.names  # the recorder does see the loop
+
+
+class Ready(fs.Noise):
+    def draw(self, k):
+        return self.ready[k]
+
+
+def test_the_recorder_would_see_a_wait():
+    recorder = Recorder()
+
+    def curious(x, t):
+        recorder.marks.append(len(recorder.names))
+        return x * float(x.max())
+
+    with recorder:
+        fs.sample(fs.Denoiser(curious, VP), plan_of(ddim), TENSOR)
+    assert "_local_scalar_dense" in recorder.waits()
+
+
+def test_the_loop_runs_where_numbers_cannot_be_read_at_all():
+    """On the meta device any look at a number raises; `sample` looks once, at the end."""
+    inner = fs.Denoiser(lambda x, t: x * t.view(-1, 1, 1), VP)
+    seen = []
+    with pytest.raises(RuntimeError, match="meta"):
+        fs.sample(inner, plan_of(two_step), TENSOR.to("meta"), callback=lambda k, x, x0: seen.append(x.device.type))
+    assert seen == ["meta"] * 7
+
+
+@pytest.mark.parametrize("solver", [long_noise, late_noise, churn], ids=lambda f: f.__name__)
+def test_each_noise_is_drawn_once(solver):
+    drawn = []
+
+    class Counted(fs.Noise):
+        def draw(self, k):
+            drawn.append(k)
+            return super().draw(k)
+
+    base = seeded()
+    fs.sample(model(), plan_of(solver), Counted(base.sample_shape, base.seeds, base.device, base.dtype))
+    assert sorted(drawn) == sorted({0} | {k + 2 for k in plan_of(solver).noises})
+
+
+def test_a_plan_keeps_no_more_states_than_it_needs(monkeypatch):
+    import fastsample.sampling as sampling
+
+    held = []
+
+    def watched(x, x0, memory, noises, row):
+        held.append((len(memory), len(row.b)))
+        return fs.step.plan_step(x, x0, memory, noises, row)
+
+    monkeypatch.setattr(sampling, "plan_step", watched)
+    fs.sample(model(), plan_of(ddim), TENSOR)
+    assert {memory for memory, _ in held} == {0}
+    held.clear()
+    fs.sample(model(), plan_of(two_step), TENSOR)
+    assert [memory for memory, _ in held] == [0, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["zero_terminal_snr", "flow"])
+def test_a_run_may_start_at_alpha_zero(name):
+    schedule = SCHEDULES[name]
+    target = torch.full((4, *SHAPE), 0.3)
+    x0 = fs.Denoiser(lambda x, t: target, schedule, "x0")
+    v = "v" if name != "flow" else "flow"
+    grid = fs.grid(schedule, 5, fs.uniform_t)
+
+    def network(x, t):  # exact for data that are one point
+        node = next(n for n in grid.nodes if abs(schedule.index(n.t) - float(t[0])) < 1e-2)
+        p, q = fs.prediction(v).output(node.alpha, node.sigma)
+        return p * x + q * target
+
+    for inner in (x0, fs.Denoiser(network, schedule, v, time="index")):
+        ours = fs.sample(inner, fs.trace(ddim, grid), TENSOR)
+        torch.testing.assert_close(ours, target, rtol=1e-4, atol=1e-4)  # float32, v over sigma near the data
