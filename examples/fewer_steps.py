@@ -1,7 +1,7 @@
 """Sample an unconditional diffusers pipeline in 10 network evaluations instead of 1000.
 
-    python examples/fewer_steps.py                          # google/ddpm-cifar10-32, from the Hugging Face hub
-    python examples/fewer_steps.py path/to/a/saved/pipeline
+python examples/fewer_steps.py                          # google/ddpm-cifar10-32, from the Hugging Face hub
+python examples/fewer_steps.py path/to/a/saved/pipeline
 """
 
 import sys
@@ -16,7 +16,7 @@ from fastsample import solvers
 def main(name: str = "google/ddpm-cifar10-32", steps: int = 10) -> torch.Tensor:
     try:
         pipe = DDPMPipeline.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the hub is out of reach, or there is no such folder
         sys.exit(f"could not load {name}: {error}\nOffline? Pass the folder of a pipeline saved with save_pretrained.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = fs.from_diffusers(pipe.unet.to(device).eval(), pipe.scheduler)

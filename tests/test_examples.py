@@ -35,7 +35,7 @@ def test_fewer_steps_loads_and_samples_a_saved_pipeline(tmp_path, monkeypatch):
 
 
 def test_fewer_steps_says_what_to_do_without_a_model(tmp_path):
-    with pytest.raises(SystemExit, match="could not load .*Pass the folder"):
+    with pytest.raises(SystemExit, match=r"(?s)could not load .*Pass the folder"):
         load("fewer_steps").main(str(tmp_path / "nothing"))
 
 

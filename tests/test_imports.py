@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WINGS = ["solvers", "distill", "kernels", "bench"]
-JOINS = {"fastsample", "fastsample.cli", "fastsample.__main__"}  # they alone put wings together
+JOINS = {"fastsample", "fastsample.cli", "fastsample.demo"}  # they alone put wings together
 HEAVY = {"accelerate", "diffusers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tensorrt", "triton"}
 FILES = sorted(path for folder in ["fastsample", *WINGS] for path in (ROOT / folder).rglob("*.py"))
 
