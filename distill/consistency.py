@@ -1,0 +1,124 @@
+"""Consistency distillation: a student that jumps from any noise level straight to the end of the teacher's path."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastsample.denoiser import Denoiser
+from fastsample.grid import Grid, Spacing, grid, uniform_t
+from fastsample.prediction import EPS
+
+from .method import Batch, Method, check_drop, conditions, dropped
+from .times import column, noisy, x0_at
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation(Method):
+    """f(x_s, s) is to equal f(x_t, t), x_t being one DDIM step of the teacher from s to t, the next of `times`.
+
+    Song et al. 2023, arXiv:2303.01469, Alg. 2, with these departures: f is the student's x0, so f(x, sigma = 0) = x
+    without skip factors, and the last interval's target is the teacher's own step to sigma = 0; the target is the
+    student itself without gradient (Song and Dhariwal 2023, arXiv:2310.14189, Sec. 3.2) and the distance their
+    pseudo-Huber (Sec. 3.3); the weight is max(SNR, 1) (Salimans and Ho 2022, arXiv:2202.00512, Sec. 4).
+
+    student: predicts v, x0 or flow; start it from the teacher's weights, see `student_of` and `Conversion`.
+    times, spacing: how many intervals the path is cut into, and where. Sample on a grid of the same spacing.
+    drop, null: as for `Diffusion`, so that the student knows "no condition" too.
+    """
+
+    student: Denoiser
+    teacher: Denoiser
+    times: int = field(default=16, kw_only=True)
+    spacing: Spacing = field(default=uniform_t, kw_only=True)
+    drop: float = field(default=0.0, kw_only=True)
+    null: Mapping[str, float | Tensor] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_drop(self.drop, self.null)
+        check_pair(self.student, self.teacher)
+        if self.student.prediction is EPS:
+            warnings.warn(
+                f"the student predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
+                f"{self._ratio:.3g} at the first step, so one-step samples will be poor; take "
+                f"student_of(teacher, predicts='v') and train it by Conversion first",
+                stacklevel=3,
+            )
+
+    @property
+    def _ratio(self) -> float:
+        first = self.grid.nodes[0]
+        return first.sigma / first.alpha if first.alpha else float("inf")
+
+    @property
+    def roles(self) -> dict[str, Denoiser]:
+        return {"student": self.student}
+
+    @property
+    def frozen(self) -> list[Denoiser]:
+        return [self.teacher]
+
+    @cached_property
+    def grid(self) -> Grid:
+        return grid(self.student.schedule, self.times, self.spacing)
+
+    def loss(self, role: str, batch: Batch, step: int) -> Tensor:
+        data = batch["x0"]
+        i = torch.randint(self.times, (len(data),), device=data.device)
+        last = column(i == self.times - 1, data) > 0
+        s, t, keep, move, weight = (row[i] for row in self._table.to(data.device))
+        condition = dropped(conditions(batch), self.null, self.drop)
+        x_s = noisy(self.student.schedule, data, torch.randn_like(data), s)
+        with torch.no_grad(), same_dropout(data.device):
+            x0 = x0_at(self.teacher, x_s, s, **condition)
+            x_t = column(keep, x_s) * x_s + column(move, x_s) * x0
+            target = torch.where(last, x_t, x0_at(self.student, x_t, t, **condition))
+        distance = pseudo_huber(x0_at(self.student, x_s, s, **condition), target)
+        loss: Tensor = (weight.to(distance) * distance).mean()
+        return loss
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """Of each interval [5, times], float64: s, t, the factors of x and x0 in the DDIM step, the weight.
+
+        t of the last is s, where the network can be asked; the target there is the step itself.
+        """
+        rows = []
+        for s, t in self.grid.steps():
+            keep = t.sigma / s.sigma
+            there = t if t.sigma > 0 else s
+            rows.append((s.t, there.t, keep, t.alpha - s.alpha * keep, max((s.alpha / s.sigma) ** 2, 1.0)))
+        return torch.tensor(rows, dtype=torch.float64).T
+
+
+def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c of each sample, [B], with c = 0.00054 sqrt(d).
+
+    Song and Dhariwal 2023, arXiv:2310.14189, Sec. 3.3.
+    """
+    difference = (a - b).flatten(1).float()
+    c = 0.00054 * math.sqrt(difference.shape[1])
+    return (difference.square().sum(1) + c * c).sqrt() - c
+
+
+def same_dropout(device: torch.device) -> AbstractContextManager[None]:
+    """The generators stay as they are, so what follows meets the dropout masks of what runs inside.
+
+    Song and Dhariwal 2023, arXiv:2310.14189, Sec. 3.1.
+    """
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def check_pair(student: Denoiser, teacher: Denoiser) -> None:
+    """A student and a teacher must speak of the same times, and not be one network."""
+    if student.network is teacher.network:
+        raise ValueError("student and teacher are one network; make a copy: student_of(teacher, predicts='v')")
+    if student.schedule != teacher.schedule:
+        raise ValueError(f"the student's schedule {student.schedule!r} is not the teacher's {teacher.schedule!r}")

@@ -1,0 +1,78 @@
+"""Conversion: a student of another prediction first learns to say what the teacher says.
+
+An eps network gives no usable x0 at the noisiest times, where one step must begin; v and x0 networks do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastsample.denoiser import Denoiser
+from fastsample.prediction import Prediction
+
+from .consistency import check_pair
+from .method import Batch, Method, check_drop, conditions, dropped
+from .times import column, noisy, output_at, random_times, x0_at
+
+
+def student_of(teacher: Denoiser, *, predicts: str | Prediction | None = None) -> Denoiser:
+    """A copy of the teacher, to be trained; `predicts` says what its network shall come to predict.
+
+    Where that is another quantity, the weights are only a start: train it by `Conversion`.
+    """
+    if not isinstance(teacher.network, nn.Module):
+        raise TypeError(f"only a torch.nn.Module can be copied and trained, got {type(teacher.network).__name__}")
+    network = copy.deepcopy(teacher.network).requires_grad_(True)
+    return Denoiser(
+        network,
+        teacher.schedule,
+        predicts or teacher.prediction,
+        time=teacher.time,
+        dtype=teacher.dtype,
+        spacing=teacher.spacing,
+    )
+
+
+@dataclass(frozen=True)
+class Conversion(Method):
+    """Squared error between the student's output and what the teacher's x0 is in the student's own prediction.
+
+    Of a v student that is the error of x0 with weight SNR + 1 (Salimans and Ho 2022, arXiv:2202.00512, Sec. 4).
+
+    limit: the teacher's x0 is clipped to [-limit, limit]; of an eps teacher it may be far outside at noisy times.
+    drop, null: as for `Diffusion`.
+    """
+
+    student: Denoiser
+    teacher: Denoiser
+    limit: float = field(default=1.0, kw_only=True)
+    drop: float = field(default=0.0, kw_only=True)
+    null: Mapping[str, float | Tensor] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_drop(self.drop, self.null)
+        check_pair(self.student, self.teacher)
+
+    @property
+    def roles(self) -> dict[str, Denoiser]:
+        return {"student": self.student}
+
+    @property
+    def frozen(self) -> list[Denoiser]:
+        return [self.teacher]
+
+    def loss(self, role: str, batch: Batch, step: int) -> Tensor:
+        data, schedule = batch["x0"], self.student.schedule
+        t = random_times(schedule, len(data), data.device)
+        x = noisy(schedule, data, torch.randn_like(data), t)
+        condition = dropped(conditions(batch), self.null, self.drop)
+        with torch.no_grad():
+            x0 = x0_at(self.teacher, x, t, **condition).clamp(-self.limit, self.limit)
+        p, q = self.student.prediction.output(schedule.alpha(t), schedule.sigma(t))
+        target = column(p, x) * x + column(q, x) * x0
+        return (output_at(self.student, x, t, **condition) - target).square().mean()

@@ -1,0 +1,99 @@
+"""What a distillation or training method is: the networks it trains, and a loss for each.
+
+Methods name *roles*, because some of them train a critic beside the student; one trainer serves them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsample.denoiser import Denoiser
+
+Batch = dict[str, Tensor]  # "x0": images [B, ...] in [-1, 1]; the other keys are the network's conditions
+
+
+class Method:
+    """What `train` runs. A subclass gives `roles` and `loss`; most are dataclasses, whose fields are then `settings`.
+
+    Draw random numbers from torch's global generator (`torch.randn`, dropout): the trainer seeds it before every
+    step by the number of the step, so that a run that was stopped goes on exactly as it would have.
+    """
+
+    @property
+    def roles(self) -> dict[str, Denoiser]:
+        """The models that are trained, by role. The first is what `train` returns."""
+        raise NotImplementedError(f"{type(self).__name__} must define roles, such as {{'student': self.student}}")
+
+    @property
+    def frozen(self) -> Sequence[Denoiser]:
+        """The models that are only asked: the trainer moves them to its device and puts them in eval mode."""
+        return ()
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The roles that are updated at this step (the first is step 0), in order."""
+        return tuple(self.roles)
+
+    def loss(self, role: str, batch: Batch, step: int) -> Tensor:
+        """The loss of `role`: a float32 scalar with a gradient to that role's parameters."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(role, batch, step)")
+
+    def after(self, step: int) -> None:
+        """Called after the updates of `step`; also once after a resume, with the last step that was done."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the method, and compares when it is resumed."""
+        names: list[str] = [field.name for field in dataclasses.fields(self)] if dataclasses.is_dataclass(self) else []
+        return {name: described(getattr(self, name)) for name in names}
+
+
+def described(value: Any) -> Any:
+    """A setting as JSON can hold it: numbers and text as they are, a model by network, schedule and prediction."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Denoiser):
+        return f"{value.prediction.name} of {type(value.network).__name__}, {value.schedule!r}"
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [described(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 16 else f"tensor {tuple(value.shape)}"
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def conditions(batch: Batch) -> Batch:
+    """The batch without its images."""
+    return {key: value for key, value in batch.items() if key != "x0"}
+
+
+def dropped(condition: Batch, null: Mapping[str, float | Tensor], share: float) -> Batch:
+    """The conditions with a random `share` of the samples set to `null`, all conditions of a sample together.
+
+    null: the value that means "none" for each condition: a number, or a tensor of one sample's shape.
+    Ho and Salimans 2022, arXiv:2207.12598, Alg. 1.
+    """
+    if not share or not condition:
+        return condition
+    size, device = next((len(value), value.device) for value in condition.values())
+    drop = torch.rand(size, device=device) < share
+    return {key: _where(drop, null[key], value) if key in null else value for key, value in condition.items()}
+
+
+def check_drop(share: float, null: Mapping[str, float | Tensor]) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"drop is a share from 0 to 1, got {share:g}")
+    if share and not null:
+        raise ValueError(
+            f"drop = {share:g} needs the values that mean no condition: null={{'class_labels': 10}} for an "
+            f"eleventh class, for example"
+        )
+
+
+def _where(drop: Tensor, null: float | Tensor, value: Tensor) -> Tensor:
+    nothing = torch.as_tensor(null, dtype=value.dtype, device=value.device)
+    return torch.where(drop.view(-1, *[1] * (value.dim() - 1)), nothing, value)

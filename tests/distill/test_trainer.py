@@ -1,0 +1,314 @@
+"""The trainer: a run that is stopped goes on bit for bit, a wrong one stops at once and says why."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsample as fs
+from fastsample import distill
+
+pytest.importorskip("accelerate")
+HERE = Path(__file__).parent
+
+
+class Stopping(distill.Diffusion):
+    """Stops the run at a step, as a crash would."""
+
+    at = 0
+
+    def after(self, step):
+        if step + 1 == self.at:
+            raise KeyboardInterrupt
+
+
+Stopping.__name__ = "Diffusion"  # it is the same method to a checkpoint
+
+
+def run(toy, loader, out=None, *, at=0, steps=24, **options):
+    method = Stopping(toy(dropout=0.1), drop=0.1, null={"class_labels": 2})
+    object.__setattr__(method, "at", at)
+    return distill.train(method, loader, steps=steps, out=out, **{"save_every": 5, **options})
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.network.parameters(), other.network.parameters()))
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_another_are_not(toy, loader):
+    first = run(toy, loader)
+    torch.rand(7)  # what the caller draws does not matter
+    assert same(first, run(toy, loader))
+    assert not same(first, run(toy, loader, seed=1))
+
+
+@pytest.mark.parametrize("at", [3, 5, 17, 20])  # before any checkpoint, on one, in the second epoch of 16 batches
+def test_a_run_that_fails_goes_on_to_the_same_weights(at, toy, loader, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, loader, tmp_path / "stopped", at=at)
+    assert same(run(toy, loader, tmp_path / "stopped"), run(toy, loader, tmp_path / "whole"))
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("stopped", "whole")]
+    assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]] == [10, 20]
+
+
+def test_a_data_loader_with_random_transforms_goes_on_alike(toy, ring, tmp_path):
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 96
+
+        def __getitem__(self, i):
+            return {"x0": (ring[0][i] + 0.01 * torch.randn(2)).clamp(-1, 1), "class_labels": ring[1][i]}
+
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=16, shuffle=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, loader, tmp_path / "stopped", at=9)
+    assert same(run(toy, loader, tmp_path / "stopped"), run(toy, loader))
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from conftest import Toy
+import fastsample as fs
+from fastsample import distill
+points = torch.linspace(-1, 1, 256).view(128, 2)
+class Slow(distill.Diffusion):
+    def after(self, step):
+        time.sleep(0.02)
+Slow.__name__ = "Diffusion"
+method = Slow(fs.Denoiser(Toy(dropout=0.1), fs.VP.scaled_linear(), "v"))
+distill.train(method, distill.Batches(points, size=32), steps=200, out=sys.argv[2], save_every=1, keep=2)
+"""
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(toy, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(HERE), str(out)], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.2)  # into the middle of it: with a checkpoint at every step, often while one is written
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = max(int(path.name[5:]) for path in out.glob("step-*"))
+    assert 0 < done < 200
+    points = torch.linspace(-1, 1, 256).view(128, 2)
+
+    def finish(folder):
+        method = distill.Diffusion(toy("v", dropout=0.1))
+        return distill.train(
+            method, distill.Batches(points, size=32), steps=200, out=folder, save_every=1 if folder else 500, keep=2
+        )
+
+    assert same(finish(out), finish(None))
+    assert list(out.glob(".step-*")) == []
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000199", "step-000200"]
+
+
+def test_a_finished_run_returns_its_average_without_work(toy, loader, tmp_path):
+    first = run(toy, loader, tmp_path)
+    begin = (tmp_path / "log.jsonl").read_text()
+    assert same(first, run(toy, loader, tmp_path))
+    assert (tmp_path / "log.jsonl").read_text() == begin
+
+
+def test_the_average_is_the_mean_that_its_decays_say(toy, loader, weights):
+    seen = []
+
+    class Watched(distill.Diffusion):
+        def after(self, step):
+            seen.append(weights(self.model))
+
+    model = toy()
+    average = weights(model)
+    distill.train(Watched(model), loader, steps=30, ema=0.6)
+    for step, now in enumerate(seen):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = {key: decay * average[key] + (1 - decay) * now[key] for key in now}
+    torch.testing.assert_close(weights(model), average)  # the moving average in float32, the other way round
+    assert not model.network.training
+
+
+def test_the_rate_warms_up_and_falls(toy, loader, tmp_path):
+    run(toy, loader, tmp_path, steps=20, lr=1e-3, warmup=4, log_every=1, decay=distill.linear)
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rates[:5] == pytest.approx([1e-3 * min(1, (k + 1) / 4) * (1 - k / 20) for k in range(5)])
+    assert rates[-1] == pytest.approx(1e-3 / 20)
+
+
+class Pair(distill.Method):
+    """Two roles; the critic learns at every step, the student at every third."""
+
+    def __init__(self, student, critic):
+        self.student, self.critic, self.seen = student, critic, []
+
+    @property
+    def roles(self):
+        return {"student": self.student, "critic": self.critic}
+
+    def turns(self, step):
+        return ["critic", "student"] if step % 3 == 2 else ["critic"]
+
+    def loss(self, role, batch, step):
+        self.seen.append((step, role))
+        output = self.roles[role].output(batch["x0"], 500.0)
+        other = self.roles["critic"].output(output, 500.0)  # its gradient to the critic is not the critic's loss
+        return (other if role == "student" else output).square().mean()
+
+
+def test_roles_take_turns_and_do_not_touch_each_other(toy, ring, weights, tmp_path):
+    loader = distill.Batches(ring[0], size=64)
+    method = Pair(toy(seed=1), toy(seed=2))
+    before = weights(method.student)
+    assert distill.train(method, loader, steps=2, ema=0.0) is method.student
+    torch.testing.assert_close(weights(method.student), before, rtol=0, atol=0)
+    assert method.seen == [(0, "critic"), (1, "critic")]
+    whole = distill.train(Pair(toy(seed=1), toy(seed=2)), loader, steps=9)
+    stopped = Pair(toy(seed=1), toy(seed=2))
+    stopped.after = lambda step: 1 / 0 if step == 6 else None
+    with pytest.raises(ZeroDivisionError):
+        distill.train(stopped, loader, steps=9, out=tmp_path, save_every=4)
+    assert same(distill.train(Pair(toy(seed=3), toy(seed=4)), loader, steps=9, out=tmp_path, save_every=4), whole)
+
+
+def test_a_checkpoint_holds_no_pickle_and_only_the_last_are_kept(toy, loader, tmp_path):
+    run(toy, loader, tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "step-000020", "step-000024"]
+    folder = tmp_path / "step-000024"
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "state.safetensors"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    assert manifest["configuration"]["method"]["name"] == "Diffusion"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lr": 1e-3}, r"training\.lr was 0\.0005, now 0\.001"),
+        ({"seed": 3}, r"training\.seed was 0, now 3"),
+        ({"steps": 25}, r"steps was 24, now 25"),
+        ({"ema": 0.9, "clip": math.inf}, r'training\.ema was 0\.995, now 0\.9; training\.clip was "1\.0", now "inf"'),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused_by_name(change, says, toy, loader, tmp_path):
+    run(toy, loader, tmp_path)
+    with pytest.raises(ValueError, match=says):
+        run(toy, loader, tmp_path, **change)
+
+
+def test_a_checkpoint_of_another_method_or_network_or_batch_is_refused(toy, loader, ring, tmp_path):
+    run(toy, loader, tmp_path)
+    with pytest.raises(ValueError, match=r'method\.name was "Diffusion", now "Conversion"'):
+        distill.train(distill.Conversion(toy(), toy(seed=1)), loader, steps=24, out=tmp_path)
+    with pytest.raises(ValueError, match=r"parameters\.layers\.0\.weight was \[64, 26\], now \[32, 26\]"):
+        distill.train(distill.Diffusion(toy(width=32)), loader, steps=24, out=tmp_path)
+    with pytest.raises(ValueError, match=r"batch\.x0 was \[64, 2\], now \[16, 2\]"):
+        run(toy, distill.Batches(ring[0], {"class_labels": ring[1]}, size=16), tmp_path)
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(toy, loader, tmp_path):
+    distill.train(distill.Conversion(toy(), toy(seed=1)), loader, steps=2, out=tmp_path)
+    with pytest.raises(ValueError, match=r'frozen\.0 was "Toy \w+", now "Toy \w+"'):
+        distill.train(distill.Conversion(toy(), toy(seed=2)), loader, steps=2, out=tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(toy, loader, tmp_path):
+    run(toy, loader, tmp_path)
+    state = tmp_path / "step-000024" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*remove that folder"):
+        run(toy, loader, tmp_path)
+    (tmp_path / "step-000024" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"step-000024 is damaged"):
+        run(toy, loader, tmp_path)
+
+
+def test_resume_false_does_not_overwrite_a_run(toy, loader, tmp_path):
+    run(toy, loader, tmp_path)
+    with pytest.raises(FileExistsError, match="step-000024 of an earlier run"):
+        run(toy, loader, tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(bad, toy, loader, tmp_path):
+    class Bursting(distill.Diffusion):
+        def loss(self, role, batch, step):
+            return super().loss(role, batch, step) * (bad if step == 7 else 1.0)
+
+    with pytest.raises(FloatingPointError, match=rf"role 'model' is {bad} at step 8 of 20.*step-000005"):
+        distill.train(Bursting(toy()), loader, steps=20, out=tmp_path, save_every=5)
+    assert (tmp_path / "step-000005").is_dir()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(toy, loader):
+    class Rooted(distill.Diffusion):
+        def loss(self, role, batch, step):
+            return (0 * super().loss(role, batch, step)).sqrt()
+
+    with pytest.raises(FloatingPointError, match="gradient of role 'model' is nan at step 1"):
+        distill.train(Rooted(toy()), loader, steps=3)
+
+
+def test_wrong_data_are_refused_before_work_starts(toy, ring, tmp_path):
+    method, points = distill.Diffusion(toy()), ring[0]
+    with pytest.raises(ValueError, match="gives no batch"):
+        distill.train(method, [], steps=3)
+    with pytest.raises(ValueError, match=r"lie in \[-1, 1\], .* in \[0, 255\]; scale it: x / 127.5 - 1"):
+        distill.train(method, [{"x0": torch.tensor([[0.0, 255.0]])}], steps=3)
+    with pytest.raises(ValueError, match=r"lie in \[-1, 1\]"):
+        distill.train(method, [{"x0": torch.tensor([[math.nan, 0.0]])}], steps=3)
+    with pytest.raises(TypeError, match="gives list, not a dictionary"):
+        distill.train(method, [[points, points]], steps=3)
+    with pytest.raises(TypeError, match="iterated once only"):
+        distill.train(method, iter([{"x0": points}]), steps=3)
+    with pytest.raises(TypeError, match="must be float32"):
+        distill.train(method, [{"x0": points.double()}], steps=3)
+    with pytest.raises(ValueError, match="9 rows for 10 images"):
+        distill.Batches(points[:10], {"class_labels": ring[1][:9]})
+
+
+def test_wrong_arguments_are_refused_before_work_starts(toy, loader, tmp_path):
+    method = distill.Diffusion(toy())
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        distill.train(method, loader, steps=0)
+    with pytest.raises(ValueError, match="ema = 1"):
+        distill.train(method, loader, steps=1, ema=1.0)
+    with pytest.raises(TypeError, match="of type function; only a torch"):
+        distill.train(distill.Diffusion(fs.Denoiser(lambda x, t: x, fs.VP.linear())), loader, steps=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write into"):
+        distill.train(method, loader, steps=1, out=tmp_path / "file" / "run")
+    frozen = toy()
+    frozen.network.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that needs a gradient"):
+        distill.train(distill.Diffusion(frozen), loader, steps=1)
+
+
+def test_more_than_one_process_is_refused(toy, loader, monkeypatch):
+    import accelerate
+
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 4)
+    with pytest.raises(ValueError, match="one process for now, and was started in 4"):
+        distill.train(distill.Diffusion(toy()), loader, steps=1)
+
+
+def test_without_accelerate_the_error_says_what_to_install(toy, loader, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastsample\[train\]'"):
+        distill.train(distill.Diffusion(toy()), loader, steps=1)
+
+
+def test_a_forced_bar_is_shown_with_the_loss(toy, loader, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(toy, loader, progress=True)
+    assert "training" in capsys.readouterr().err
