@@ -1,0 +1,221 @@
+"""The command `fastsample`. Exit status: 0 done, 1 failed (the error says why), 2 used wrongly."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import fastsample as fs
+from fastsample import solvers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(
+    help="Fewer steps for diffusion models: sample, print plans, train, and measure latency against quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_Condition = dict[str, "Tensor"]
+MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained or distill.train."
+
+
+def main() -> None:
+    """Run the command; a failure is one line on stderr, never a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _solver(name: str) -> str:
+    try:
+        solvers.get(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return name
+
+
+def _spacing(name: str) -> str:
+    if name not in fs.SPACINGS:
+        raise typer.BadParameter(f"unknown spacing {name!r}; choose one of {', '.join(fs.SPACINGS)}")
+    return name
+
+
+Model = Annotated[str, typer.Option(help=MODEL_HELP)]
+Solver = Annotated[str, typer.Option(callback=_solver, help=f"One of {', '.join(solvers.SOLVERS)}.")]
+Steps = Annotated[int, typer.Option(min=1, help="Intervals of the grid.")]
+Spacing = Annotated[str, typer.Option(callback=_spacing, help=f"One of {', '.join(fs.SPACINGS)}.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count on.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for pictures, tables and the page.")] = Path("fastsample-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and a shorter distillation.")] = False,
+) -> None:
+    """Run the whole path on real digits: sample in few steps, distil a student, measure latency against quality."""
+    from fastsample.demo import run
+
+    run(out, quick=quick)
+
+
+@app.command()
+def sample(
+    model: Model = "digits",
+    solver: Solver = "dpmpp_2m",
+    steps: Steps = 8,
+    spacing: Spacing = "uniform_lam",
+    plan: Annotated[
+        Path | None, typer.Option(help="Run this saved plan; solver, steps and spacing are ignored.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
+    label: Annotated[int | None, typer.Option(help="Class of every sample; without it they take turns.")] = None,
+    scale: Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")] = 1.0,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Picture to write; the samples go beside it as .npz.")] = Path(
+        "samples.png"
+    ),
+) -> None:
+    """Draw samples from a model and write them as a picture and as numbers."""
+    import numpy as np
+    import torch
+
+    from fastsample import bench
+    from fastsample.files import folder, write
+
+    folder(out.parent)
+    network = _load(model)
+    chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing)
+    condition, shape, unlabelled = _conditions(network, count, label)
+    source: fs.Model = network
+    if scale != 1:
+        if unlabelled is None:
+            raise ValueError(f"{model} takes no class labels, so there is nothing to guide; leave out --scale")
+        source, condition = fs.Guided(network, cond=condition, uncond=unlabelled, scale=scale), {}
+    images = fs.sample(source, chosen, fs.noise(shape, range(seed, seed + count)), condition=condition)
+    rows = {
+        f"{first}..{first + len(part) - 1}": part
+        for first, part in zip(range(seed, seed + count, 10), images.split(10))
+    }
+    bench.sample_grid(rows, out)
+    write(out.with_suffix(".npz"), lambda path: np.savez(path, images=images.numpy()))
+    typer.echo(f"{count} samples, {chosen.nfe} network evaluations each ({torch.get_num_threads()} threads): {out}")
+
+
+@app.command(name="plan")
+def show_plan(
+    model: Model = "digits",
+    solver: Solver = "dpmpp_2m",
+    steps: Steps = 8,
+    spacing: Spacing = "uniform_lam",
+    save: Annotated[Path | None, typer.Option(help="Also write the plan as JSON.")] = None,
+) -> None:
+    """Print exactly what a solver will compute: times, coefficients, network evaluations."""
+    made = _trace(_load(model), solver, steps, spacing)
+    typer.echo(str(made))
+    if save:
+        made.save(save)
+        typer.echo(f"saved to {save}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="What to train: digits.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished network.")] = Path("runs/digits"),
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the network.")] = 8000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.")] = True,
+) -> None:
+    """Train the built-in network from scratch; killed runs go on where they stopped."""
+    from fastsample import distill
+
+    if recipe != "digits":
+        raise typer.BadParameter(f"unknown recipe {recipe!r}; choose one of digits")
+    distill.train_digits(out, steps=steps, seed=seed, resume=resume, progress=True)
+    typer.echo(f"trained; use it with: fastsample sample --model {out / 'model'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what is missing and how to get it, and whether the built-in network is whole."""
+    import torch
+
+    typer.echo(
+        f"fastsample {fs.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    typer.echo(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cuda}")
+    for package, extra in OPTIONAL.items():
+        try:
+            typer.echo(f"  {package:<14} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo(f"  {package:<14} missing: pip install 'fastsample[{extra}]'")
+    try:
+        _load("digits")
+        typer.echo("  built-in digits network: whole")
+    except ImportError as error:
+        typer.echo(f"  built-in digits network: not tried, {error}")
+
+
+OPTIONAL = {
+    "diffusers": "diffusers",
+    "accelerate": "train",
+    "matplotlib": "bench",
+    "scikit-learn": "demo",
+    "triton": "kernels",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+
+
+def _load(name: str) -> fs.Denoiser:
+    from fastsample import zoo
+
+    if name == "digits":
+        return zoo.digits()
+    if not Path(name).is_dir():
+        raise ValueError(f"no model {name!r}: neither built in (digits) nor a folder")
+    return fs.from_pretrained(name)
+
+
+def _conditions(
+    model: fs.Denoiser, count: int, label: int | None
+) -> tuple[_Condition, tuple[int, ...], _Condition | None]:
+    """The conditions of `count` samples, the shape of one, and the conditions that mean none (the last class)."""
+    import torch
+
+    config = getattr(getattr(model.network, "network", None), "config", {})
+    size, classes = config.get("sample_size"), config.get("num_class_embeds")
+    if not size:
+        raise ValueError("the model's configuration does not say how large its images are (sample_size)")
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (config["in_channels"], height, width)
+    if classes is None:
+        if label is not None:
+            raise ValueError("the model takes no class labels; leave out --label")
+        return {}, shape, None
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(f"label {label} is not one of the model's {classes} (0 to {classes - 1})")
+    none = classes - 1
+    labels = torch.arange(count) % none if label is None else torch.full((count,), label)
+    return {"class_labels": labels}, shape, {"class_labels": torch.full((count,), none)}
+
+
+def _trace(model: fs.Denoiser, solver: str, steps: int, spacing: str) -> fs.Plan:
+    return fs.trace(solvers.get(solver), fs.grid(model.schedule, steps, spacing=fs.SPACINGS[spacing]))
+
+
+if __name__ == "__main__":
+    main()
