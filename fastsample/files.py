@@ -22,7 +22,7 @@ def write(path: str | Path, fill: Callable[[Path], object]) -> None:
         fill(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner may read
+        readable(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,7 +44,8 @@ def folder(path: str | Path) -> Path:
     return path
 
 
-def _umask() -> int:
+def readable(path: Path) -> None:
+    """The rights of an ordinary new file; mkstemp and safetensors make files that only the owner may read."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)

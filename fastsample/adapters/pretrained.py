@@ -16,7 +16,7 @@ from typing import Any
 
 from ..denoiser import TIMES, Denoiser
 from ..files import folder as make_folder
-from ..files import write_text
+from ..files import readable, write_text
 from ..schedule import EDM, VP, Flow, Schedule, VPContinuous
 from .diffusers import Sampled
 
@@ -48,6 +48,7 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
         hashes = {name: sha256(Path(temporary) / name) for name in files}
         (target / MANIFEST).unlink(missing_ok=True)
         for name in files:
+            readable(Path(temporary) / name)
             shutil.move(Path(temporary) / name, target / name)
     manifest = {
         "format": "fastsample.model",

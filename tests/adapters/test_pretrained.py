@@ -42,6 +42,12 @@ def test_diffusers_loads_the_folder_itself(model, tmp_path):
     assert diffusers.UNet2DModel.from_pretrained(tmp_path).num_parameters() > 0
 
 
+def test_others_may_read_what_is_saved(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_flipped_byte_in_the_weights_is_refused(model, tmp_path):
     fs.save_pretrained(model, tmp_path)
     path = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -12,6 +12,7 @@ from scipy.linalg import sqrtm
 from fastsample import bench
 from fastsample.bench import Statistics, frechet_distance, statistics
 from fastsample.bench.quality import _influence
+from fastsample.noise import mix
 from fastsample.zoo.data import digits
 
 MANY = 10**6
@@ -105,8 +106,10 @@ def test_the_standard_error_is_that_of_repeated_draws_and_the_jackknife_takes_th
 def test_the_jackknife_is_that_of_distances_measured_anew_without_each_block():
     a, b = normal(83, 5) + torch.arange(83).double()[:, None] / 40, normal(200, 5, seed=1)
     found = frechet_distance(a, b)
-    without = [frechet_distance(a[torch.arange(83) % 8 != k], b).value for k in range(8)]
-    assert found.debiased == pytest.approx(8 * found.value - 7 * sum(without) / 8, rel=1e-9)
+    blocks = torch.tensor([mix(i) % 8 for i in range(83)])
+    assert sorted(set(blocks.tolist())) == list(range(8))
+    without = [frechet_distance(a[blocks != k], b).value * float((blocks != k).double().mean()) for k in range(8)]
+    assert found.debiased == pytest.approx(8 * found.value - sum(without), rel=1e-9)
 
 
 def test_the_influence_function_is_the_derivative_of_the_distance():
@@ -162,3 +165,12 @@ def test_endpoint_error_is_the_root_mean_square_and_its_se_that_of_repeated_draw
     assert 0.75 * spread < sum(f.se for f in found) / 100 < 1.3 * spread
     with pytest.raises(ValueError, match="shape"):
         bench.endpoint_rms(zeros, zeros[:3])
+
+
+def test_classes_that_take_turns_do_not_upset_the_jackknife():
+    """Sample i has class i mod 10, as the demo draws them: blocks of i mod 8 would each hold half of the classes."""
+    means = 3 * torch.randn(10, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    features = means[torch.arange(4000) % 10] + noise
+    distance = frechet_distance(features[:2000], features[2000:])
+    assert abs(distance.debiased) < 4 * distance.se  # the truth is 0
