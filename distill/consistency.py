@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser
-from fastsample.grid import Grid, Spacing, grid, uniform_t
+from fastsample.grid import Grid, Nodes, Spacing, grid, per_sample, uniform_t
 from fastsample.prediction import EPS
 
 from .method import Batch, Method, check_drop, conditions, dropped
-from .times import column, noisy, x0_at
+from .times import noisy
 
 
 @dataclass(frozen=True)
@@ -72,30 +72,35 @@ class ConsistencyDistillation(Method):
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]
         i = torch.randint(self.times, (len(data),), device=data.device)
-        last = column(i == self.times - 1, data) > 0
-        s, t, keep, move, weight = (row[i] for row in self._table.to(data.device))
+        last = per_sample(i == self.times - 1, data) > 0
+        s, t = (Nodes(*(row[i] for row in table.to(data.device))) for table in self._tables)
         condition = dropped(conditions(batch), self.null, self.drop)
-        x_s = noisy(self.student.schedule, data, torch.randn_like(data), s)
+        x_s = noisy(data, torch.randn_like(data), s)
         with torch.no_grad(), same_dropout(data.device):
-            x0 = x0_at(self.teacher, x_s, s, **condition)
-            x_t = column(keep, x_s) * x_s + column(move, x_s) * x0
-            target = torch.where(last, x_t, x0_at(self.student, x_t, t, **condition))
-        distance = pseudo_huber(x0_at(self.student, x_s, s, **condition), target)
+            x0 = self.teacher.predict(x_s, s, **condition)
+            keep = t.sigma / s.sigma
+            x_t = per_sample(keep, x_s) * x_s + per_sample(t.alpha - s.alpha * keep, x_s) * x0
+            # at the end, sigma = 0, f is the state itself, and the network cannot be asked
+            target = torch.where(last, x_t, self.student.predict(x_t, _asked(s, t), **condition))
+        distance = pseudo_huber(self.student.predict(x_s, s, **condition), target)
+        weight = (s.alpha / s.sigma).square().clamp(min=1)
         loss: Tensor = (weight.to(distance) * distance).mean()
         return loss
 
     @cached_property
-    def _table(self) -> Tensor:
-        """Of each interval [5, times], float64: s, t, the factors of x and x0 in the DDIM step, the weight.
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """t, alpha and sigma at the start and at the end of each interval, [3, times], float64."""
+        starts, ends = zip(*self.grid.steps())
+        first, second = (
+            torch.tensor([[n.t, n.alpha, n.sigma] for n in row], dtype=torch.float64).T for row in (starts, ends)
+        )
+        return first, second
 
-        t of the last is s, where the network can be asked; the target there is the step itself.
-        """
-        rows = []
-        for s, t in self.grid.steps():
-            keep = t.sigma / s.sigma
-            there = t if t.sigma > 0 else s
-            rows.append((s.t, there.t, keep, t.alpha - s.alpha * keep, max((s.alpha / s.sigma) ** 2, 1.0)))
-        return torch.tensor(rows, dtype=torch.float64).T
+
+def _asked(s: Nodes, t: Nodes) -> Nodes:
+    """t, but s where sigma is 0."""
+    ends = t.sigma == 0
+    return Nodes(*(torch.where(ends, a, b) for a, b in ((s.t, t.t), (s.alpha, t.alpha), (s.sigma, t.sigma))))
 
 
 def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:

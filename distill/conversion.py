@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Denoiser
+from fastsample.grid import per_sample
 from fastsample.prediction import Prediction
 
 from .consistency import check_pair
 from .method import Batch, Method, check_drop, conditions, dropped
-from .times import column, noisy, output_at, random_times, x0_at
+from .times import noisy, random_nodes
 
 
 def student_of(teacher: Denoiser, *, predicts: str | Prediction | None = None) -> Denoiser:
@@ -67,12 +68,12 @@ class Conversion(Method):
         return [self.teacher]
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
-        data, schedule = batch["x0"], self.student.schedule
-        t = random_times(schedule, len(data), data.device)
-        x = noisy(schedule, data, torch.randn_like(data), t)
+        data = batch["x0"]
+        at = random_nodes(self.student.schedule, len(data), data.device)
+        x = noisy(data, torch.randn_like(data), at)
         condition = dropped(conditions(batch), self.null, self.drop)
         with torch.no_grad():
-            x0 = x0_at(self.teacher, x, t, **condition).clamp(-self.limit, self.limit)
-        p, q = self.student.prediction.output(schedule.alpha(t), schedule.sigma(t))
-        target = column(p, x) * x + column(q, x) * x0
-        return (output_at(self.student, x, t, **condition) - target).square().mean()
+            x0 = self.teacher.predict(x, at, **condition).clamp(-self.limit, self.limit)
+        p, q = self.student.prediction.output(at.alpha, at.sigma)
+        target = per_sample(p, x) * x + per_sample(q, x) * x0
+        return (self.student.output(x, at, **condition) - target).square().mean()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser
+from fastsample.grid import per_sample
 
 from .method import Batch, Method, check_drop, conditions, dropped
-from .times import column, noisy, output_at, random_times
+from .times import noisy, random_nodes
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,12 @@ class Diffusion(Method):
         return {"model": self.model}
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
-        x0, schedule = batch["x0"], self.model.schedule
-        t = random_times(schedule, len(x0), x0.device)
+        x0 = batch["x0"]
+        at = random_nodes(self.model.schedule, len(x0), x0.device)
         eps = torch.randn_like(x0)
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        p, q = self.model.prediction.output(alpha, sigma)
+        p, q = self.model.prediction.output(at.alpha, at.sigma)
         # p x + q x0 with x written out in float64: in float32 the two halves cancel where sigma is small
-        target = column(p * alpha + q, x0) * x0 + column(p * sigma, x0) * eps
+        target: Tensor = per_sample(p * at.alpha + q, x0) * x0 + per_sample(p * at.sigma, x0) * eps
         condition = dropped(conditions(batch), self.null, self.drop)
-        output = output_at(self.model, noisy(schedule, x0, eps, t), t, **condition)
+        output = self.model.output(noisy(x0, eps, at), at, **condition)
         return (output - target).square().mean()

@@ -1,12 +1,12 @@
 """Denoisers: any network, asked for x0.
 
 A model, for every solver and for `sample`, is whatever has a `schedule` and `predict(x, node, **condition) -> x0`.
+Those here also answer at `Nodes`, where each sample has its own time, as training asks.
 `Denoiser` makes one of a network; guidance and thresholding wrap one in another.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,35 +14,35 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .grid import Node, Spacing
+from .grid import Node, Nodes, Spacing, per_sample
 from .prediction import Prediction, prediction
 from .schedule import Schedule
 
 
 class Model(Protocol):
-    """What `sample` and `solve` run."""
+    """What `sample` and `solve` run. node: a `Node`; what is trained against is asked at `Nodes` too."""
 
     @property
     def schedule(self) -> Schedule: ...
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor: ...
+    def predict(self, x: Tensor, node: Any, **condition: Any) -> Tensor: ...
 
 
-TimeOf = Callable[[Schedule, Node], float]
+TimeOf = Callable[[Schedule, Any], Any]  # (schedule, Node) -> float, or (schedule, Nodes) -> [B]
 
 TIMES: dict[str, TimeOf] = {
     "t": lambda schedule, node: node.t,
-    "index": lambda schedule, node: float(schedule.index(node.t)),
-    "unit": lambda schedule, node: float(schedule.unit(node.t)),
-    "sigma": lambda schedule, node: _ratio(node),
-    "log_sigma": lambda schedule, node: math.log(_ratio(node)) / 4,  # c_noise of EDM, Table 1
+    "index": lambda schedule, node: schedule.index(node.t),
+    "unit": lambda schedule, node: schedule.unit(node.t),
+    "sigma": lambda schedule, node: _finite(node).sigma / node.alpha,
+    "log_sigma": lambda schedule, node: -_finite(node).lam / 4,  # c_noise of EDM, Table 1
 }
 
 
-def _ratio(node: Node) -> float:
-    if node.alpha == 0:
+def _finite(node: Any) -> Any:
+    if isinstance(node, Node) and node.alpha == 0:
         raise ValueError(f"sigma / alpha, the time of this network, is infinite at t = {node.t:g}; start below it")
-    return node.sigma / node.alpha
+    return node
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Denoiser:
         predicts a variance (that half is split off). t: [B], in the units of `time`.
     predicts: "eps", "x0", "v" or "flow".
     time: "index" (0..999), "unit" ([0, 1]), "sigma" (sigma / alpha), "log_sigma" (ln(sigma / alpha) / 4), "t" (the
-        schedule's own), or a function (schedule, node) -> float; None: what networks of this schedule usually take.
+        schedule's own), or a function (schedule, node) -> time, of node.t, alpha, sigma or lam; None: what networks of
+        this schedule usually take.
     dtype: of x as the network sees it (t stays float32); None: that of its first floating-point parameter.
     spacing: the spacing this network's own sampler uses, for those who want the same; no other effect.
     """
@@ -85,15 +86,18 @@ class Denoiser:
         self.spacing = spacing
         self.count = Count()
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         u, w = self._pair(node)
-        output = self.output(x, self.time(self.schedule, node), **condition)
-        return (x * u).add_(output, alpha=w) if u else output * w  # never the network's own tensor: it may reuse it
+        output = self.output(x, node, **condition)
+        if isinstance(node, Nodes):
+            x0: Tensor = per_sample(u, x) * x + per_sample(w, x) * output
+            return x0
+        return (x * u).add_(output, alpha=w) if u else output.mul(w)  # never the network's own tensor: it may reuse it
 
-    def output(self, x: Tensor, time: float | Tensor, **condition: Any) -> Tensor:
-        """What the network says at x and `time` (its own units, a number or [B]), in the dtype of x."""
+    def output(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
+        """What the network itself says at x and node, in the dtype of x."""
         seen = x if self.dtype is None or self.dtype == x.dtype else x.to(self.dtype)
-        t = time if isinstance(time, Tensor) else _rows(time, seen)
+        t = _rows(self.time(self.schedule, node), seen)
         self.count.calls += 1
         self.count.rows += x.shape[0]
         output = self.network(seen, t, **condition)
@@ -106,8 +110,8 @@ class Denoiser:
             output = _without_variance(output, x)
         return output if output.dtype == x.dtype else output.to(x.dtype)
 
-    def _pair(self, node: Node) -> tuple[float, float]:
-        if node.alpha == 0 and self.prediction.name == "eps":
+    def _pair(self, node: Node | Nodes) -> tuple[Any, Any]:
+        if isinstance(node, Node) and node.alpha == 0 and self.prediction.name == "eps":
             raise ValueError(
                 f"an eps network says nothing of x0 at alpha = 0 (t = {node.t:g}); start the grid below "
                 f"t = {node.t:g} or use a network that predicts v, x0 or flow"
@@ -126,9 +130,11 @@ def _without_variance(output: Tensor, x: Tensor) -> Tensor:
     return output[:, : x.shape[1]]
 
 
-def _rows(time: float, seen: Tensor) -> Tensor:
+def _rows(time: float | Tensor, seen: Tensor) -> Tensor:
     """The time of every sample; half precision would round 999 to 1000."""
     dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
+    if isinstance(time, Tensor):
+        return time.to(seen.device, dtype)
     return torch.full((seen.shape[0],), time, device=seen.device, dtype=dtype)
 
 

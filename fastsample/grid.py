@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 import torch
@@ -41,6 +41,19 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Nodes:
+    """Many times, one for each sample of a batch: t, alpha, sigma and lam are [B], float64. What training asks at."""
+
+    t: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+    @property
+    def lam(self) -> torch.Tensor:
+        return self.alpha.log() - self.sigma.log()
+
+
+@dataclass(frozen=True)
 class Grid:
     """Nodes from noise to data; `steps()` gives the intervals (s, t) that a solver walks."""
 
@@ -62,6 +75,24 @@ class Grid:
 def node(schedule: Schedule, t: float) -> Node:
     """The node of a schedule at time t."""
     return Node(float(t), float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+
+def nodes(schedule: Schedule, t: torch.Tensor) -> Nodes:
+    """The nodes of a schedule at times t, [B]: a model asked at them gives each sample its own time."""
+    return Nodes(t.double(), schedule.alpha(t), schedule.sigma(t))
+
+
+@overload
+def per_sample(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def per_sample(number: float, x: torch.Tensor) -> float: ...
+
+
+def per_sample(number: float | torch.Tensor, x: torch.Tensor) -> float | torch.Tensor:
+    """A number of a `Node` as it is; one for each sample, [B], in a shape and dtype that multiply x [B, ...]."""
+    return number.to(x).view(-1, *[1] * (x.dim() - 1)) if isinstance(number, torch.Tensor) else number
 
 
 def grid(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, Model
-from .grid import Node
+from .grid import Node, Nodes, per_sample
 from .prediction import X0, Prediction
 from .schedule import Schedule
 
@@ -22,7 +22,9 @@ class Guided:
 
     Ho and Salimans 2022, arXiv:2207.12598.
 
-    cond, uncond: the network's keyword conditions, such as {"class_labels": labels}; tensors are [B, ...].
+    cond, uncond: the network's keyword conditions, such as {"class_labels": labels}; tensors are [B, ...]. What is
+        given to `predict` or `sample` joins both, so cond may come from there, batch by batch, and be left out here.
+        A number in uncond, such as {"class_labels": 10}, stands for every sample.
     batched: one call with a doubled batch, or (False) two calls.
     interval: guide only where low <= lam <= high, elsewhere `cond` alone, which saves those rows.
         Kynkaanniemi et al. 2024, arXiv:2404.07724.
@@ -31,8 +33,8 @@ class Guided:
     """
 
     model: Model
-    cond: Mapping[str, Any]
-    uncond: Mapping[str, Any]
+    cond: Mapping[str, Any] = field(default_factory=dict)
+    uncond: Mapping[str, Any] = field(default_factory=dict)
     scale: float = field(kw_only=True)
     batched: bool = field(default=True, kw_only=True)
     interval: tuple[float, float] | None = field(default=None, kw_only=True)
@@ -45,10 +47,10 @@ class Guided:
                     f"{name} must map the network's keywords to values, such as "
                     f"{{'class_labels': labels}}, got {type(given).__name__}"
                 )
-        if self.batched and self.cond.keys() != self.uncond.keys():
+        if not self.uncond or (self.batched and self.cond and self.cond.keys() != self.uncond.keys()):
             raise ValueError(
-                f"cond has the keywords {sorted(self.cond)} and uncond {sorted(self.uncond)}; give both "
-                f"the same, or batched=False"
+                f"cond has the keywords {sorted(self.cond)} and uncond {sorted(self.uncond)}; give both the same (cond "
+                f"may be left out and given to fs.sample), or batched=False"
             )
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"interval is (low, high) in lam, got {self.interval}: it would never guide")
@@ -59,29 +61,38 @@ class Guided:
     def schedule(self) -> Schedule:
         return self.model.schedule
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         low, high = self.interval or (-torch.inf, torch.inf)
-        if self.scale == 1 or not low <= node.lam <= high:
-            return self.model.predict(x, node, **condition, **self.cond)
-        cond, uncond = self._both(x, node, condition)
+        if self.scale == 1 or (isinstance(node, Node) and not low <= node.lam <= high):
+            return self.model.predict(x, node, **{**condition, **self.cond})
+        cond, uncond = self._both(x, node, {**condition, **self.cond}, {**condition, **self.uncond})
         guided = uncond + self.scale * (cond - uncond)
-        return self._rescaled(x, node, guided, cond) if self.rescale else guided
+        if self.rescale:
+            guided = self._rescaled(x, node, guided, cond)
+        if isinstance(node, Nodes) and self.interval:
+            guided = torch.where(per_sample((low <= node.lam) & (node.lam <= high), x).bool(), guided, cond)
+        return guided
 
-    def _both(self, x: Tensor, node: Node, condition: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, x: Tensor, node: Node | Nodes, cond: Mapping[str, Any], uncond: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         if not self.batched:
-            cond = self.model.predict(x, node, **condition, **self.cond)
-            return cond, self.model.predict(x, node, **condition, **self.uncond)
-        shared = {key: _pair(key, value, value, len(x)) for key, value in condition.items()}
-        own = {key: _pair(key, self.cond[key], self.uncond[key], len(x)) for key in self.cond}
-        cond, uncond = self.model.predict(torch.cat([x, x]), node, **shared, **own).chunk(2)
-        return cond, uncond
+            return self.model.predict(x, node, **cond), self.model.predict(x, node, **uncond)
+        if cond.keys() != uncond.keys():
+            raise ValueError(
+                f"uncond has {sorted(self.uncond)}, of which cond and the condition given here lack "
+                f"{sorted(uncond.keys() - cond.keys())}; pass fs.sample(..., condition=...)"
+            )
+        both = {key: _pair(key, cond[key], uncond[key], len(x)) for key in cond}
+        first, second = self.model.predict(torch.cat([x, x]), _twice(node), **both).chunk(2)
+        return first, second
 
-    def _rescaled(self, x: Tensor, node: Node, guided: Tensor, cond: Tensor) -> Tensor:
+    def _rescaled(self, x: Tensor, node: Node | Nodes, guided: Tensor, cond: Tensor) -> Tensor:
         prediction = _prediction_of(self.model)
-        p, q = prediction.output(node.alpha, node.sigma)
-        u, w = prediction.x0(node.alpha, node.sigma)
+        p, q = (per_sample(number, x) for number in prediction.output(node.alpha, node.sigma))
+        u, w = (per_sample(number, x) for number in prediction.x0(node.alpha, node.sigma))
         output, target = p * x + q * guided, p * x + q * cond
-        factor = _by_sample(_rows(target).std(1) / _rows(output).std(1), x)
+        factor = per_sample(_rows(target).std(1) / _rows(output).std(1), x)
         rescaled: Tensor = u * x + w * (output * (1 + self.rescale * (factor - 1)))
         return rescaled
 
@@ -93,8 +104,16 @@ def _prediction_of(model: Model) -> Prediction:
     return model.prediction if isinstance(model, Denoiser) else X0
 
 
+def _twice(node: Node | Nodes) -> Node | Nodes:
+    if isinstance(node, Node):
+        return node
+    return Nodes(*(torch.cat([number, number]) for number in (node.t, node.alpha, node.sigma)))
+
+
 def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
     """The condition of the doubled batch; nested ones, such as SDXL's added_cond_kwargs, tensor by tensor."""
+    if isinstance(cond, Tensor) and isinstance(uncond, bool | int | float):
+        uncond = torch.full_like(cond, uncond)
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if len(cond) != batch or len(uncond) != batch:
             raise ValueError(
@@ -129,22 +148,17 @@ class Thresholded:
     def schedule(self) -> Schedule:
         return self.model.schedule
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         x0 = self.model.predict(x, node, **condition)
         if self.dynamic is None:
             return x0.clamp(-self.limit, self.limit)
-        bound = _by_sample(_quantile(_rows(x0).abs(), self.dynamic).clamp(min=self.limit), x0)
+        bound = per_sample(_quantile(_rows(x0).abs(), self.dynamic).clamp(min=self.limit), x0)
         return x0.clamp(-bound, bound) * (self.limit / bound)
 
 
 def _rows(x: Tensor) -> Tensor:
     """[B, ...] as [B, numbers of one sample]."""
     return x.unsqueeze(-1).flatten(1)
-
-
-def _by_sample(numbers: Tensor, x: Tensor) -> Tensor:
-    """[B] in a shape that multiplies x [B, ...]."""
-    return numbers.view(-1, *[1] * (x.dim() - 1))
 
 
 def _quantile(rows: Tensor, share: float) -> Tensor:

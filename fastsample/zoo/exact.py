@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsample.grid import Node
+from fastsample.grid import Node, Nodes, per_sample
 from fastsample.schedule import Schedule
 
 
@@ -47,12 +47,14 @@ class GaussianMixture:
         object.__setattr__(self, "means", means)
         object.__setattr__(self, "variances", variances.expand(means.shape))
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         m, v = (a.to(x).flatten(1) for a in (self.means, self.variances))
-        total = node.alpha**2 * v + node.sigma**2  # the variance of x in each component, [K, D]
-        away = x.flatten(1).unsqueeze(1) - node.alpha * m  # [B, K, D]
+        rows = x.flatten(1).unsqueeze(1)
+        alpha, sigma = per_sample(node.alpha, rows), per_sample(node.sigma, rows)
+        total = alpha**2 * v + sigma**2  # the variance of x in each component, [K, D] or [B, K, D]
+        away = rows - alpha * m  # [B, K, D]
         logits = self.weights.to(x).log() - 0.5 * (away**2 / total + total.log()).sum(-1)
-        x0 = m + node.alpha * v / total * away
+        x0 = m + alpha * v / total * away
         return (logits.softmax(-1).unsqueeze(-1) * x0).sum(1).view_as(x)
 
     def sample(self, n: int, seed: int) -> Tensor:
@@ -92,7 +94,10 @@ class Empirical:
         if self.data.dim() < 2 or not len(self.data):
             raise ValueError(f"data must be [N, ...] with N of at least 1, got shape {tuple(self.data.shape)}")
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
+        if isinstance(node, Nodes):
+            each = zip(x.split(1), node.t.tolist(), node.alpha.tolist(), node.sigma.tolist())
+            return torch.cat([self.predict(row, Node(*numbers)) for row, *numbers in each])
         data = self.data.to(x).flatten(1)
         pieces = x.flatten(1).split(max(1, self.limit // len(data)))
         return torch.cat([self._mean(piece, data, node) for piece in pieces]).view_as(x)

@@ -86,11 +86,38 @@ def test_the_network_is_told_the_time_it_was_trained_with(schedule, time, t, tol
     assert given.dtype == torch.float32
 
 
-def test_times_may_differ_between_samples():
-    network = Says(torch.zeros(3, 2))
-    t = torch.tensor([1.0, 2.0, 3.0])
-    fs.Denoiser(network, VP).output(torch.zeros(3, 2), t)
-    assert network.calls[0][1] is t
+class Shift(torch.nn.Module):
+    """Something that depends on x and t, in doubles."""
+
+    def forward(self, x, t):
+        return torch.tanh(x) + torch.cos(t)[:, None]
+
+
+@pytest.mark.parametrize("schedule", [VP, fs.VPContinuous(), fs.EDM(), fs.Flow(shift=3.0)], ids=repr)
+@pytest.mark.parametrize("predicts", ["eps", "x0", "v", "flow"])
+def test_samples_at_their_own_times_are_each_as_alone(schedule, predicts):
+    model = fs.Denoiser(Shift(), schedule, predicts, dtype=torch.float64)
+    t = torch.linspace(schedule.t_min, 0.9 * schedule.t_max, 5, dtype=torch.float64)
+    x = torch.linspace(-2, 2, 10, dtype=torch.float64).view(5, 2)
+    alone = [model.predict(x[i : i + 1], fs.node(schedule, float(t[i]))) for i in range(5)]
+    torch.testing.assert_close(model.predict(x, fs.nodes(schedule, t)), torch.cat(alone))
+
+
+@pytest.mark.parametrize("time", [*fs.TIMES, lambda schedule, node: 10 * node.sigma])
+def test_every_unit_of_time_is_understood_for_samples_at_their_own_times(time):
+    model = fs.Denoiser(Shift(), VP, "v", time=time, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0, 500.5, 999.0], dtype=torch.float64)
+    x = torch.ones(4, 2, dtype=torch.float64)
+    alone = [model.predict(x[:1], fs.node(VP, float(moment))) for moment in t]
+    torch.testing.assert_close(model.predict(x, fs.nodes(VP, t)), torch.cat(alone))
+
+
+@pytest.mark.parametrize("predicts", ["eps", "x0"])
+def test_gradients_reach_the_network_from_samples_at_their_own_times(predicts):
+    network = torch.nn.Linear(2, 2)
+    model = fs.Denoiser(lambda x, t: network(x), VP, predicts)
+    model.predict(torch.ones(3, 2), fs.nodes(VP, torch.tensor([1.0, 2.0, 3.0]))).sum().backward()
+    assert network.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("time", ["sigma", "log_sigma"])

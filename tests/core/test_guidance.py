@@ -63,6 +63,31 @@ def test_any_scale_extrapolates(scale):
     torch.testing.assert_close(guided(scale=scale).predict(X, NODE), uncond + scale * (cond - uncond))
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_conditions_given_to_sample_are_guided_batch_by_batch(batched):
+    later = fs.Guided(model(), uncond={"label": 0.0}, scale=5.0, batched=batched)
+    if batched:
+        torch.testing.assert_close(later.predict(X, NODE, **COND), guided(scale=5.0).predict(X, NODE))
+        with pytest.raises(ValueError, match=r"lack \['label'\]; pass fs\.sample"):
+            later.predict(X, NODE)
+    else:
+        later = fs.Guided(model(), uncond=UNCOND, scale=5.0, batched=False)
+        torch.testing.assert_close(later.predict(X, NODE, **COND), guided(scale=5.0).predict(X, NODE))
+
+
+@pytest.mark.parametrize("options", [{}, {"rescale": 0.7}, {"interval": (-1.0, 1.0)}, {"batched": False}], ids=str)
+@pytest.mark.parametrize("predicts", ["eps", "v"])
+def test_samples_at_their_own_times_are_guided_each_as_alone(options, predicts):
+    t = torch.tensor([200.0, 700.0], dtype=torch.float64)
+    alone = []
+    for i in range(2):
+        cond, uncond = ({"label": given["label"][i : i + 1]} for given in (COND, UNCOND))
+        one = fs.Guided(model(predicts), cond, uncond, scale=5.0, **options)
+        alone.append(one.predict(X[i : i + 1], fs.node(VP, float(t[i]))))
+    together = guided(model(predicts), scale=5.0, **options).predict(X, fs.nodes(VP, t))
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 def test_outside_its_interval_guidance_is_none_and_costs_one_row():
     inner = model()
     within = guided(inner, scale=5.0, interval=(NODE.lam, NODE.lam + 1))

@@ -10,7 +10,6 @@ from torch import nn
 import fastsample as fs
 from fastsample import distill
 from fastsample.distill.method import dropped
-from fastsample.distill.times import x0_at
 
 pytest.importorskip("accelerate")
 STD, MEAN = 0.3, 0.2  # of the Gaussian data
@@ -111,7 +110,7 @@ def test_the_boundary_holds_exactly(schedule, predicts, toy):
     model = fs.Denoiser(toy().network, schedule, predicts)
     x = torch.randn(8, 2)
     t = torch.full((8,), schedule.t_zero, dtype=torch.float64)
-    assert torch.equal(x0_at(model, x, t), x)
+    assert torch.equal(model.predict(x, fs.nodes(model.schedule, t)), x)
 
 
 def test_the_target_of_the_last_interval_is_the_step_of_the_teacher(toy):

@@ -160,8 +160,9 @@ class Pair(distill.Method):
 
     def loss(self, role, batch, step):
         self.seen.append((step, role))
-        output = self.roles[role].output(batch["x0"], 500.0)
-        other = self.roles["critic"].output(output, 500.0)  # its gradient to the critic is not the critic's loss
+        node = fs.node(self.student.schedule, 500.0)
+        output = self.roles[role].output(batch["x0"], node)
+        other = self.roles["critic"].output(output, node)  # its gradient to the critic is not the critic's loss
         return (other if role == "student" else output).square().mean()
 
 

@@ -155,3 +155,15 @@ def _euler(model, x, grid):
     for s, t in grid.steps():
         x = fs.exponential_step(x, model.predict(x, s), s, t)
     return x
+
+
+@pytest.mark.parametrize("kind", ["mixture", "empirical"])
+def test_samples_at_their_own_times_are_each_as_alone(kind):
+    schedule, data = fs.VP.linear(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = {
+        "mixture": lambda: GaussianMixture(schedule, torch.ones(5), data, torch.full((5, 1), 0.1)),
+        "empirical": lambda: Empirical(schedule, data),
+    }
+    model, x, t = made[kind](), torch.ones(3, 3, dtype=torch.float64), torch.tensor([10.0, 500.0, 900.0])
+    alone = [model.predict(x[:1], fs.node(schedule, float(moment))) for moment in t]
+    torch.testing.assert_close(model.predict(x, fs.nodes(schedule, t)), torch.cat(alone))
