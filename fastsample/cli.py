@@ -1,4 +1,4 @@
-"""The command `fastsample`. Exit status: 0 done, 1 failed (the error says why), 2 used wrongly."""
+"""The command `fastsample`. Exit status: 0 done, 1 failed (the error says why), 2 used wrongly, 130 stopped."""
 
 from __future__ import annotations
 
@@ -25,15 +25,21 @@ app = typer.Typer(
 )
 
 _Condition = dict[str, "Tensor"]
-MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained or distill.train."
+MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained, such as the model/ that train leaves."
+MOST_SHOWN = 500  # samples on a picture; all of them are in the .npz
 
 
 def main() -> None:
     """Run the command; a failure is one line on stderr, never a traceback."""
     try:
         app()
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer ends after Ctrl-C, without a word
+            print("stopped; demo and train go on from their last checkpoint when they are run again", file=sys.stderr)
+        raise
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -51,6 +57,12 @@ def _spacing(name: str) -> str:
     return name
 
 
+def _picture(path: Path) -> Path:
+    if path.suffix.lower() != ".png":  # the numbers go to the same name with .npz, so the ending must be our own
+        raise typer.BadParameter(f"{path} is no name for the picture; end it in .png")
+    return path
+
+
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Solver = Annotated[str, typer.Option(callback=_solver, help=f"One of {', '.join(solvers.SOLVERS)}.")]
 Steps = Annotated[int, typer.Option(min=1, help="Intervals of the grid.")]
@@ -63,7 +75,11 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for pictures, tables and the page.")] = Path("fastsample-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and a shorter distillation.")] = False,
 ) -> None:
-    """Run the whole path on real digits: sample in few steps, distil a student, measure latency against quality."""
+    """Run the whole path on real digits; ends with a page to open.
+
+    Sample in few steps, distil a student, measure latency against quality.
+    """
+    _need("diffusers", "accelerate", "matplotlib", "scikit-learn")
     from fastsample.demo import run
 
     run(out, quick=quick)
@@ -76,19 +92,21 @@ def sample(
     steps: Steps = 8,
     spacing: Spacing = "uniform_lam",
     plan: Annotated[
-        Path | None, typer.Option(help="Run this saved plan; solver, steps and spacing are ignored.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Run this saved plan; solver, steps and spacing are ignored."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
-    label: Annotated[int | None, typer.Option(help="Class of every sample; without it they take turns.")] = None,
+    label: Annotated[int | None, typer.Option(help="Class of every sample; without it the seeds take turns.")] = None,
     scale: Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")] = 1.0,
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="Picture to write; the samples go beside it as .npz.")] = Path(
-        "samples.png"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(callback=_picture, dir_okay=False, help="Picture to write; the samples go beside it as .npz."),
+    ] = Path("samples.png"),
 ) -> None:
-    """Draw samples from a model and write them as a picture and as numbers."""
+    """Draw samples from a model; write a picture and the numbers."""
+    _need("diffusers", "matplotlib")
     import numpy as np
-    import torch
 
     from fastsample import bench
     from fastsample.files import folder, write
@@ -96,20 +114,20 @@ def sample(
     folder(out.parent)
     network = _load(model)
     chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing)
-    condition, shape, unlabelled = _conditions(network, count, label)
+    seeds = range(seed, seed + count)
+    condition, shape, unlabelled = _conditions(network, seeds, label)
     source: fs.Model = network
     if scale != 1:
         if unlabelled is None:
             raise ValueError(f"{model} takes no class labels, so there is nothing to guide; leave out --scale")
         source, condition = fs.Guided(network, cond=condition, uncond=unlabelled, scale=scale), {}
-    images = fs.sample(source, chosen, fs.noise(shape, range(seed, seed + count)), condition=condition)
-    rows = {
-        f"{first}..{first + len(part) - 1}": part
-        for first, part in zip(range(seed, seed + count, 10), images.split(10))
-    }
-    bench.sample_grid(rows, out)
+    images = fs.sample(source, chosen, fs.noise(shape, seeds), condition=condition)
     write(out.with_suffix(".npz"), lambda path: np.savez(path, images=images.numpy()))
-    typer.echo(f"{count} samples, {chosen.nfe} network evaluations each ({torch.get_num_threads()} threads): {out}")
+    rows = {f"seed {seed + 10 * k} on": part for k, part in enumerate(images[:MOST_SHOWN].split(10))}
+    bench.sample_grid(rows, out)
+    shown = f" (the first {MOST_SHOWN} samples; all are in {out.with_suffix('.npz')})" if count > MOST_SHOWN else ""
+    plural = "s" if count > 1 else ""
+    typer.echo(f"{count} sample{plural} of {chosen.nfe} network evaluation{'s' * (chosen.nfe > 1)}: {out}{shown}")
 
 
 @app.command(name="plan")
@@ -118,9 +136,10 @@ def show_plan(
     solver: Solver = "dpmpp_2m",
     steps: Steps = 8,
     spacing: Spacing = "uniform_lam",
-    save: Annotated[Path | None, typer.Option(help="Also write the plan as JSON.")] = None,
+    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the plan as JSON.")] = None,
 ) -> None:
-    """Print exactly what a solver will compute: times, coefficients, network evaluations."""
+    """Print exactly what a solver will compute."""
+    _need("diffusers")
     made = _trace(_load(model), solver, steps, spacing)
     typer.echo(str(made))
     if save:
@@ -136,18 +155,22 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.")] = True,
 ) -> None:
-    """Train the built-in network from scratch; killed runs go on where they stopped."""
+    """Train the built-in network; a killed run goes on."""
     from fastsample import distill
 
     if recipe != "digits":
         raise typer.BadParameter(f"unknown recipe {recipe!r}; choose one of digits")
+    _need("diffusers", "accelerate", "scikit-learn")
     distill.train_digits(out, steps=steps, seed=seed, resume=resume, progress=True)
     typer.echo(f"trained; use it with: fastsample sample --model {out / 'model'}")
 
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed, what is missing and how to get it, and whether the built-in network is whole."""
+    """Show what is installed and what is missing.
+
+    How to get what is missing, and whether the built-in network is whole.
+    """
     import torch
 
     typer.echo(
@@ -156,15 +179,13 @@ def doctor() -> None:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     typer.echo(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cuda}")
     for package, extra in OPTIONAL.items():
-        try:
-            typer.echo(f"  {package:<14} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            typer.echo(f"  {package:<14} missing: pip install 'fastsample[{extra}]'")
-    try:
+        remedy = f"missing: pip install 'fastsample[{extra}]'"
+        typer.echo(f"  {package:<14} {remedy if _missing(package) else importlib.metadata.version(package)}")
+    if _missing("diffusers"):
+        typer.echo("  built-in digits network: not tried without diffusers")
+    else:
         _load("digits")
         typer.echo("  built-in digits network: whole")
-    except ImportError as error:
-        typer.echo(f"  built-in digits network: not tried, {error}")
 
 
 OPTIONAL = {
@@ -180,6 +201,22 @@ OPTIONAL = {
 }
 
 
+def _missing(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def _need(*packages: str) -> None:
+    """Raise ImportError, with one line that installs all that is missing, before work starts."""
+    missing = [package for package in packages if _missing(package)]
+    if missing:
+        extras = ",".join(dict.fromkeys(OPTIONAL[package] for package in missing))
+        raise ImportError(f"this needs {', '.join(missing)}: pip install 'fastsample[{extras}]'")
+
+
 def _load(name: str) -> fs.Denoiser:
     from fastsample import zoo
 
@@ -191,9 +228,9 @@ def _load(name: str) -> fs.Denoiser:
 
 
 def _conditions(
-    model: fs.Denoiser, count: int, label: int | None
+    model: fs.Denoiser, seeds: range, label: int | None
 ) -> tuple[_Condition, tuple[int, ...], _Condition | None]:
-    """The conditions of `count` samples, the shape of one, and the conditions that mean none (the last class)."""
+    """The conditions of these seeds, the shape of one sample, and the conditions that mean none (the last class)."""
     import torch
 
     config = getattr(getattr(model.network, "network", None), "config", {})
@@ -206,11 +243,11 @@ def _conditions(
         if label is not None:
             raise ValueError("the model takes no class labels; leave out --label")
         return {}, shape, None
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"label {label} is not one of the model's {classes} (0 to {classes - 1})")
     none = classes - 1
-    labels = torch.arange(count) % none if label is None else torch.full((count,), label)
-    return {"class_labels": labels}, shape, {"class_labels": torch.full((count,), none)}
+    if label is not None and not 0 <= label < classes:
+        raise typer.BadParameter(f"--label {label} is not one of 0 to {none - 1}, nor {none}, which means no class")
+    labels = torch.tensor([seed % none if label is None else label for seed in seeds])
+    return {"class_labels": labels}, shape, {"class_labels": torch.full_like(labels, none)}
 
 
 def _trace(model: fs.Denoiser, solver: str, steps: int, spacing: str) -> fs.Plan:

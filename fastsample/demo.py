@@ -70,7 +70,7 @@ def _run(out: Path, teacher: fs.Denoiser, size: Size, console: Console) -> Path:
         progress=True,
     )
     page = bench.report(out, title="Digits: latency against quality")
-    console.print(_table(records))
+    Console(width=max(80, console.width)).print(_table(records))  # a narrow terminal wraps its lines, not its cells
     console.print(f"Done in {time.monotonic() - begin:.0f} s. Samples side by side: {out / 'side_by_side.png'}")
     console.print(f"Open {page.resolve()}", soft_wrap=True)
     return page
@@ -145,7 +145,8 @@ def _converged(teacher: fs.Denoiser) -> bench.Case:
 def _table(records: list[bench.Record]) -> Table:
     """The records for a terminal. NFE: of one sample; FD: 95% intervals; RMS: to the teacher's converged solution."""
     names = ("steps", "NFE", "ms/image", "fd_digits", "fd_pixels", "RMS")
-    table = Table("case", *(Column(name, justify="right", no_wrap=True) for name in names), box=box.SIMPLE_HEAD)
+    columns = (Column(name, justify="right", no_wrap=True) for name in names)
+    table = Table("case", *columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for record in records:
         cells = [f"{record.model} {record.solver}", str(record.steps), str(record.nfe)]
         if record.error or record.ms_per_image is None:

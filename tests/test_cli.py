@@ -1,5 +1,6 @@
 """The command line as a user types it: what it prints, what it writes, and its exit status."""
 
+import importlib.metadata
 import subprocess
 import sys
 import sysconfig
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastsample as fs
-from fastsample import cli, solvers
+from fastsample import cli, demo, solvers
 
 pytest.importorskip("diffusers")
 
@@ -65,9 +66,10 @@ def test_guidance_changes_the_samples_and_scale_1_does_not(command, tmp_path):
     assert np.abs(none - three).max() > 0.01
 
 
-def test_a_seed_means_the_same_sample_whatever_the_count(command, tmp_path):
-    command("sample", "--steps", 3, "--count", 6, "--label", 2, "--out", tmp_path / "six.png")
-    command("sample", "--steps", 3, "--count", 1, "--label", 2, "--seed", 4, "--out", tmp_path / "one.png")
+@pytest.mark.parametrize("label", [[], ["--label", 2]], ids=["in turns", "of one class"])
+def test_a_seed_means_the_same_sample_whatever_the_count(command, tmp_path, label):
+    command("sample", "--steps", 3, "--count", 6, *label, "--out", tmp_path / "six.png")
+    command("sample", "--steps", 3, "--count", 1, *label, "--seed", 4, "--out", tmp_path / "one.png")
     six, one = (np.load(tmp_path / f"{name}.npz", allow_pickle=False)["images"] for name in ("six", "one"))
     np.testing.assert_allclose(six[4], one[0], atol=1e-5)  # convolutions round differently in other batch sizes
 
@@ -81,6 +83,8 @@ def test_a_seed_means_the_same_sample_whatever_the_count(command, tmp_path):
         (["plan", "--steps", "many"], "--steps"),
         (["train", "faces"], "digits"),
         (["sample", "--count", "0"], "count"),
+        (["sample", "--label", "11"], "0 to 9"),
+        (["sample", "--plan", "nowhere.json"], "nowhere.json"),
         (["walk"], "walk"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
@@ -89,6 +93,57 @@ def test_wrong_use_exits_with_2_and_names_the_remedy(command, words, said):
     status, _, err = command(*words)
     assert status == 2
     assert said in err
+
+
+@pytest.mark.parametrize("name", ["x", "x.npz", "x.jpg", "x.8steps"])
+def test_a_picture_that_is_no_png_is_refused_before_its_numbers_overwrite_it(command, tmp_path, name):
+    status, _, err = command("sample", "--steps", 1, "--count", 1, "--out", tmp_path / name)
+    assert status == 2
+    assert "end it in .png" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["sample", "--out"], ["plan", "--save"]], ids=" ".join)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_work_starts(command, tmp_path, words):
+    (tmp_path / "there.png").mkdir()
+    status, _, err = command(*words, tmp_path / "there.png")
+    assert status == 2
+    assert "there.png" in err
+
+
+def test_more_samples_than_fit_on_a_picture_are_all_written_down(command, tmp_path):
+    status, out, _ = command("sample", "--steps", 1, "--count", cli.MOST_SHOWN + 1, "--out", tmp_path / "x.png")
+    assert status == 0
+    assert f"the first {cli.MOST_SHOWN} samples" in out
+    assert len(np.load(tmp_path / "x.npz", allow_pickle=False)["images"]) == cli.MOST_SHOWN + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "lacking", "said"),
+    [
+        (["demo"], ["accelerate", "matplotlib", "scikit-learn"], "pip install 'fastsample[train,bench,demo]'"),
+        (["sample"], ["diffusers", "matplotlib"], "pip install 'fastsample[diffusers,bench]'"),
+        (["plan"], ["diffusers"], "pip install 'fastsample[diffusers]'"),
+        (["train", "digits"], ["scikit-learn"], "pip install 'fastsample[demo]'"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_missing_packages_are_named_together_before_work_starts(command, tmp_path, monkeypatch, words, lacking, said):
+    there = importlib.metadata.version
+
+    def version(package):
+        if package in lacking:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return there(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = command(*words)
+    assert status == 1
+    assert ", ".join(lacking) in err
+    assert said in err
+    assert not out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_plan_exits_with_1_and_writes_nothing(command, tmp_path):
@@ -121,6 +176,16 @@ def test_a_folder_that_cannot_be_written_fails_before_work_starts(command, tmp_p
     status, _, err = command(*words, tmp_path / "file" / "below" / "x.png")
     assert status == 1
     assert "cannot write" in err
+
+
+def test_ctrl_c_says_how_to_go_on(command, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", stopped)
+    status, _, err = command("demo", "--out", tmp_path)
+    assert status == 130
+    assert "run again" in err
 
 
 def test_doctor_lists_versions_and_remedies(command):

@@ -3,9 +3,10 @@
 import csv
 
 import pytest
+from rich.console import Console
 
 import fastsample as fs
-from fastsample import demo
+from fastsample import bench, demo
 
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
@@ -38,6 +39,14 @@ def test_no_case_failed_and_quality_improves_with_evaluations(folder):
 def test_the_student_loads_from_its_folder(folder):
     student = fs.from_pretrained(folder / "student-quick" / "model")
     assert student.prediction.name == "v"
+
+
+def test_the_table_keeps_one_line_a_case_in_80_columns(folder, capsys):
+    _, records = bench.read_run(folder)
+    Console(width=80).print(demo._table(records))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) == len(records) + 2  # and the head with its rule
+    assert max(map(len, lines)) <= 80
 
 
 def test_it_runs_again_in_the_same_folder(folder):
