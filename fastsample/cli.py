@@ -98,6 +98,9 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
     label: Annotated[int | None, typer.Option(help="Class of every sample; without it the seeds take turns.")] = None,
     scale: Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")] = 1.0,
+    null: Annotated[
+        int | None, typer.Option(help="Label that means no class, for --scale; digits know theirs.")
+    ] = None,
     seed: Seed = 0,
     out: Annotated[
         Path,
@@ -110,17 +113,20 @@ def sample(
 
     from fastsample import bench
     from fastsample.files import folder, write
+    from fastsample.zoo.digits import NULL
 
     folder(out.parent)
     network = _load(model)
     chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing)
     seeds = range(seed, seed + count)
-    condition, shape, unlabelled = _conditions(network, seeds, label)
+    null = NULL if model == "digits" else null
+    condition, shape = _conditions(network, seeds, label, null)
     source: fs.Model = network
     if scale != 1:
-        if unlabelled is None:
-            raise ValueError(f"{model} takes no class labels, so there is nothing to guide; leave out --scale")
-        source, condition = fs.Guided(network, cond=condition, uncond=unlabelled, scale=scale), {}
+        if not condition or null is None:
+            need = "a model with class labels" if not condition else "--null, the label that means no class"
+            raise typer.BadParameter(f"--scale {scale:g} needs {need}")
+        source = fs.Guided(network, uncond={"class_labels": null}, scale=scale)
     images = fs.sample(source, chosen, fs.noise(shape, seeds), condition=condition)
     write(out.with_suffix(".npz"), lambda path: np.savez(path, images=images.numpy()))
     rows = {f"seed {seed + 10 * k} on": part for k, part in enumerate(images[:MOST_SHOWN].split(10))}
@@ -161,6 +167,9 @@ def train(
     if recipe != "digits":
         raise typer.BadParameter(f"unknown recipe {recipe!r}; choose one of digits")
     _need("diffusers", "accelerate", "scikit-learn")
+    import torch
+
+    torch.set_num_threads(1)  # sums in one order: the seed alone decides the weights, on any number of cores
     distill.train_digits(out, steps=steps, seed=seed, resume=resume, progress=True)
     typer.echo(f"trained; use it with: fastsample sample --model {out / 'model'}")
 
@@ -228,26 +237,26 @@ def _load(name: str) -> fs.Denoiser:
 
 
 def _conditions(
-    model: fs.Denoiser, seeds: range, label: int | None
-) -> tuple[_Condition, tuple[int, ...], _Condition | None]:
-    """The conditions of these seeds, the shape of one sample, and the conditions that mean none (the last class)."""
+    model: fs.Denoiser, seeds: range, label: int | None, null: int | None
+) -> tuple[_Condition, tuple[int, ...]]:
+    """The conditions of these seeds, and the shape of one sample."""
     import torch
 
     config = getattr(getattr(model.network, "network", None), "config", {})
-    size, classes = config.get("sample_size"), config.get("num_class_embeds")
+    size, count = config.get("sample_size"), config.get("num_class_embeds")
     if not size:
         raise ValueError("the model's configuration does not say how large its images are (sample_size)")
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (config["in_channels"], height, width)
-    if classes is None:
-        if label is not None:
-            raise ValueError("the model takes no class labels; leave out --label")
-        return {}, shape, None
-    none = classes - 1
-    if label is not None and not 0 <= label < classes:
-        raise typer.BadParameter(f"--label {label} is not one of 0 to {none - 1}, nor {none}, which means no class")
-    labels = torch.tensor([seed % none if label is None else label for seed in seeds])
-    return {"class_labels": labels}, shape, {"class_labels": torch.full_like(labels, none)}
+    shape = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    if count is None:
+        if label is not None or null is not None:
+            raise typer.BadParameter("the model takes no class labels; leave out --label and --null")
+        return {}, shape
+    for name, given in (("--label", label), ("--null", null)):
+        if given is not None and not 0 <= given < count:
+            raise typer.BadParameter(f"{name} {given} is not one of the model's labels, 0 to {count - 1}")
+    classes = [k for k in range(count) if k != null]
+    labels = [classes[seed % len(classes)] if label is None else label for seed in seeds]
+    return {"class_labels": torch.tensor(labels)}, shape
 
 
 def _trace(model: fs.Denoiser, solver: str, steps: int, spacing: str) -> fs.Plan:

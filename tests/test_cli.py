@@ -83,7 +83,7 @@ def test_a_seed_means_the_same_sample_whatever_the_count(command, tmp_path, labe
         (["plan", "--steps", "many"], "--steps"),
         (["train", "faces"], "digits"),
         (["sample", "--count", "0"], "count"),
-        (["sample", "--label", "11"], "0 to 9"),
+        (["sample", "--label", "11"], "0 to 10"),
         (["sample", "--plan", "nowhere.json"], "nowhere.json"),
         (["walk"], "walk"),
     ],
@@ -193,3 +193,14 @@ def test_doctor_lists_versions_and_remedies(command):
     assert status == 0
     assert "torch" in out
     assert "digits network: whole" in out
+
+
+def test_guiding_a_model_from_a_folder_needs_the_label_that_means_none(command, tmp_path):
+    fs.save_pretrained(zoo.digits(), tmp_path / "model")
+    words = ["sample", "--model", tmp_path / "model", "--steps", 2, "--count", 3, "--scale", 2.0]
+    status, _, err = command(*words, "--out", tmp_path / "a.png")
+    assert (status, "needs --null" in err) == (2, True)
+    assert command(*words, "--null", 10, "--out", tmp_path / "a.png")[0] == 0
+    command("sample", "--steps", 2, "--count", 3, "--scale", 2.0, "--out", tmp_path / "b.png")
+    a, b = (np.load(tmp_path / name, allow_pickle=False)["images"] for name in ("a.npz", "b.npz"))
+    np.testing.assert_array_equal(a, b)
