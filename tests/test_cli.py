@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastsample as fs
-from fastsample import cli, demo, solvers
+from fastsample import cli, demo, solvers, zoo
 
 pytest.importorskip("diffusers")
 
