@@ -22,6 +22,7 @@ from torch import Tensor
 import fastsample as fs
 from fastsample.bench.environment import environment
 from fastsample.bench.latency import Times, median_interval
+from fastsample.files import write_text
 
 SHAPES = [(1, 1, 8, 8), (4, 4, 64, 64)]
 STEPS = 20
@@ -121,7 +122,7 @@ def report(measured: dict[tuple[int, ...], dict[str, Times]], rounds: int) -> st
         f"CPU time. Medians of {2 * rounds} runs each, quartiles in brackets; ratios: medians over {rounds}",
         "palindromic rounds (A B C C B A), each taken within its round, with the 95% interval of the median.",
         f"{found['cpu']}, {found['cores']} cores shared with other work; Python {found['python']}, torch",
-        f"{found['torch']}, diffusers {version('diffusers')}. Made by `python bench/overhead.py`.",
+        f"{found['torch']}, diffusers {version('diffusers')}. Made by `python bench/overhead.py --rounds {rounds}`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -145,8 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     text = report({shape: measure(shape, options.rounds) for shape in SHAPES}, options.rounds)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text, encoding="utf-8")
+    write_text(options.out, text)
     print(text)
 
 

@@ -51,7 +51,10 @@ def nfe_picture(records: Sequence[Record], measure: str, path: str | Path, theme
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the points that no other beats in both numbers (less is better), by the first number."""
+    """The indices of the points that no other beats, by the first number; of equal points the first alone.
+
+    Less is better; a point is beaten by one that is as good in both numbers and better in one.
+    """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[i][1] < points[front[-1]][1]:

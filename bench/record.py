@@ -8,9 +8,11 @@ out/cells/<key>.npz    its first samples and their seeds
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from .latency import Times
 from .quality import Score
 
 VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Record:
         return median, low, high
 
 
+def clear(folder: Path) -> None:
+    """Remove an earlier run, run.json first: where that is missing, nobody takes the old cells for a run."""
+    (folder / "run.json").unlink(missing_ok=True)
+    for path in (folder / "cells").glob("*"):
+        if re.match(r"\.?[0-9a-f]{16}\.(json|npz)", path.name):  # with a dot: left by a run that was killed
+            path.unlink()
+
+
 def write_run(folder: Path, body: dict[str, Any]) -> None:
     _write(folder / "run.json", "run", body)
 
@@ -92,9 +104,13 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise FileNotFoundError(f"{folder} holds no run.json; give the folder that bench.run wrote (its `out`)")
-    body = _read(folder / "run.json", "run")
+    body = _read(folder / "run.json", "run", _run)
     paths = [folder / "cells" / f"{key}.json" for key in body["cases"]]
-    return body, [_record(_read(path, "record")) for path in paths if path.exists()]
+    return body, [_read(path, "record", _record) for path in paths if path.exists()]
+
+
+def _run(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: body[key] for key in ("cases", "settings", "environment", "finished")}
 
 
 def _record(body: dict[str, Any]) -> Record:
@@ -108,12 +124,11 @@ def _write(path: Path, kind: str, body: dict[str, Any]) -> None:
     write_text(path, json.dumps(text, indent=1, allow_nan=False) + "\n")
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
+def _read(path: Path, kind: str, made: Callable[[dict[str, Any]], T]) -> T:
     try:
         text = json.loads(path.read_text(encoding="utf-8"))
         if text["format"] == f"fastsample.bench.{kind}" and text["version"] == VERSION:
-            body: dict[str, Any] = text[kind]
-            return body
+            return made(text[kind])
         found = f"{text['format']} of version {text['version']}"
     except (KeyError, TypeError, ValueError) as error:
         found = f"damaged ({error!r})"

@@ -37,8 +37,8 @@ def report(
     rows: how many cases of the Pareto front show their samples (where those are images).
     Pictures that the caller put into the folder (*.png) stand on the page too, under their names.
     """
-    folder = writable(folder)
     body, records = read_run(folder)
+    folder = writable(folder)
     measures = list(dict.fromkeys(name for record in records for name in record.scores))
     if measure is not None and measure not in measures:
         raise ValueError(f"the run has no measure {measure!r}; it has {', '.join(measures) or 'none'}")
@@ -50,15 +50,19 @@ def report(
     if shown and _is_image(body["settings"]["shape"]):
         sample_grid({record.name: read_samples(folder, record) for record in _spread(shown, rows)}, folder / SAMPLES)
         drawn[SAMPLES] = ((folder / SAMPLES).read_bytes(),) * 2
+    for name in {PARETO, QUALITY, SAMPLES} - drawn.keys():  # of an earlier report
+        (folder / name).unlink(missing_ok=True)
+    rows_differ = any(record.rows not in (None, record.nfe) for record in records)
     page = Template((Path(__file__).parent / "data" / "report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=escape(_subtitle(body, records)),
         headline=_figure(next(iter(drawn.values())), HEADLINE) if drawn else "",
-        legend=escape(_legend(measures)),
+        legend=escape(_legend(records, measures, rows_differ)),
         head="".join(
-            f'<th scope="col"{" class=text" if text else ""}>{escape(name)}</th>' for name, text in _columns(measures)
+            f'<th scope="col"{" class=text" if text else ""}>{escape(name)}</th>'
+            for name, text in _columns(measures, rows_differ)
         ),
-        rows="\n".join(_row(record, measures, record in front) for record in records),
+        rows="\n".join(_row(record, measures, record in front, rows_differ) for record in records),
         pictures="\n".join(_sections(list(drawn.items())[1:], folder)),
         environment="\n".join(
             f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _environment(body).items()
@@ -69,11 +73,11 @@ def report(
 
 
 def _front(records: Sequence[Record], measure: str) -> list[Record]:
+    """The Pareto front of the first picture: by time where any case was timed, else by evaluations."""
     shown = [record for record in records if measure in record.scores]
-    timed = [record for record in shown if record.ms_per_image]
-    costs = [record.ms_per_image[0] if record.ms_per_image else record.nfe or 0 for record in timed or shown]
-    points = [(float(cost), record.scores[measure].value) for cost, record in zip(costs, timed or shown)]
-    return [(timed or shown)[i] for i in pareto_front(points)]
+    timed = [record for record in shown if record.ms_per_image] or shown
+    costs = [record.ms_per_image[0] if record.ms_per_image else float(record.nfe or 0) for record in timed]
+    return [timed[i] for i in pareto_front([(cost, r.scores[measure].value) for cost, r in zip(costs, timed)])]
 
 
 def _csv(records: Sequence[Record], measures: Sequence[str]) -> str:
@@ -100,17 +104,18 @@ def _part(record: Record, name: str, part: str) -> float | None:
     return getattr(record.scores.get(name), part, None)
 
 
-def _columns(measures: Sequence[str]) -> list[tuple[str, bool]]:
+def _columns(measures: Sequence[str], rows_differ: bool) -> list[tuple[str, bool]]:
     """The heads of the table, and whether the column holds text."""
-    return [("model", True), ("solver", True), ("steps", False), ("NFE", False), *((name, False) for name in measures),
-            ("ms per image", False), ("ms per batch", False)]  # fmt: skip
+    numbers = ["steps", "NFE", *(["rows"] if rows_differ else []), *measures, "ms per image", "ms per batch"]
+    return [("model", True), ("solver", True), *((name, False) for name in numbers)]
 
 
-def _row(record: Record, measures: Sequence[str], front: bool) -> str:
+def _row(record: Record, measures: Sequence[str], front: bool, rows_differ: bool) -> str:
     options = [f"{name}={value}" for name, value in record.options.items()]
     place = [] if record.spacing == "default" else [record.spacing]
     cells = [_text(record.model), _text(", ".join([record.solver, *place, *options])), _number(record.steps, "{:d}")]
     cells.append(_number(record.nfe, "{:d}"))
+    cells += [_number(record.rows, "{:g}")] if rows_differ else []
     if record.error:
         span = len(measures) + 2
         cells.append(f'<td class="text error" colspan="{span}" data-sort="">{escape(record.error)}</td>')
@@ -151,9 +156,13 @@ def _latency_batch(records: Sequence[Record]) -> int | None:
     return next((record.latency_batch for record in records if record.latency_batch), None)
 
 
-def _legend(measures: Sequence[str]) -> str:
+def _legend(records: Sequence[Record], measures: Sequence[str], rows_differ: bool) -> str:
     text = "Less is better in every column. Shaded: the Pareto front of the first picture. NFE: network evaluations \
 of one sample, counted while sampling. \u00b1: one standard error."
+    if rows_differ:
+        text += " Rows: what the network was given for one sample; with guidance up to two an evaluation."
+    if any(score.debiased is not None for record in records for score in record.scores.values()):
+        text += " Distances hold the bias of a finite number of samples; report.csv has them debiased too."
     if any(name.startswith("fd_") for name in measures):
         text += " Fr\u00e9chet distances (fd_...) are no FID: compare them within this page only."
     if "endpoint_rms" in measures:
@@ -175,7 +184,7 @@ def _environment(body: Mapping[str, Any]) -> dict[str, str]:
 
 def _sections(drawn: Sequence[tuple[str, Themed]], folder: Path) -> list[str]:
     """Our own pictures, then those that the caller put into the folder."""
-    given = sorted(path for path in folder.glob("*.png") if path.name not in (PARETO, QUALITY, SAMPLES))
+    given = sorted(path for path in folder.glob("[!.]*.png") if path.name not in (PARETO, QUALITY, SAMPLES))
     parts = [f"<h2>{escape(SECTIONS[name][0])}</h2>{_figure(data, SECTIONS[name][1])}" for name, data in drawn]
     for path in given:
         name = path.stem.replace("_", " ")

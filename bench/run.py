@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsample.files import folder
-from fastsample.noise import noise
+from fastsample.noise import Noise, noise
 from fastsample.progress import track
 from fastsample.sampling import sample
 
@@ -20,7 +22,7 @@ from .case import Case, Cost, cost, counting
 from .environment import environment
 from .latency import Call, Latency, interleaved
 from .quality import Quality, Score, endpoint_rms
-from .record import Record, write_record, write_run, write_samples
+from .record import Record, clear, write_record, write_run, write_samples
 
 Condition = Callable[[Tensor], Mapping[str, Any]]
 
@@ -40,7 +42,7 @@ def run(
     keep: int = 64,
     progress: bool | None = None,
 ) -> list[Record]:
-    """Measure every case, and write the folder `out` that `report` reads.
+    """Measure every case, and write the folder `out` that `report` reads; an earlier run in it is replaced.
 
     shape: of one sample. n: samples of each case, of the seeds 0 .. n - 1, in batches of `batch`.
     quality: functions from samples [n, ...] (float32, on the CPU) to a `Score` or a float.
@@ -56,7 +58,7 @@ def run(
     """
     sampler = Sampler(tuple(shape), n, batch, torch.device(device), condition)
     measures = _measures(quality)
-    _check(cases, converged or {}, n, batch)
+    _check(cases, converged or {}, n, batch, keep)
     out = Path(out)
     folder(out / "cells")
     body = {
@@ -73,6 +75,7 @@ def run(
         "environment": environment(device),
         "finished": False,
     }
+    clear(out)
     write_run(out, body)
     truths = _truths(converged or {}, sampler)
     records = []
@@ -114,11 +117,22 @@ class Sampler:
         return torch.cat([part.to("cpu", torch.float32) for part in parts]), paid
 
     def call(self, case: Case, indices: Tensor, model: Any = None, *, drawn: bool = False) -> Callable[[], Tensor]:
-        """A function that samples these indices. drawn: the starting noise is drawn here, not in the call."""
+        """A function that samples these indices. drawn: the starting noise is drawn in the first call alone."""
         seeds = noise(self.shape, indices.tolist(), device=self.device)
-        start = seeds.draw(0) if drawn and not case.plan.stochastic else seeds
+        start = _Drawn(**vars(seeds)) if drawn else seeds
         condition = self.condition(indices.to(self.device)) if self.condition else None
         return lambda: sample(model or case.model, case.plan, start, condition=condition, progress=False)
+
+
+class _Drawn(Noise):
+    """Noise that is started with more than once, and drawn for that but once."""
+
+    @cached_property
+    def _start(self) -> Tensor:
+        return super().draw(0)
+
+    def draw(self, k: int) -> Tensor:
+        return super().draw(k) if k else self._start
 
 
 def _measure(
@@ -147,10 +161,16 @@ def _measure(
 
 
 def _score(name: str, value: Score | float, n: int) -> Score:
-    score = value if isinstance(value, Score) else Score(float(value), n=n)
-    if not torch.tensor(score.value).isfinite():
-        raise FloatingPointError(f"{name} of the samples is {score.value}")
+    score = value if isinstance(value, Score) else Score(value, n=n)
+    score = replace(score, value=float(score.value), se=_float(score.se), debiased=_float(score.debiased))
+    for part, number in (("", score.value), ("se of ", score.se), ("debiased ", score.debiased)):
+        if number is not None and not math.isfinite(number):
+            raise FloatingPointError(f"{part}{name} of the samples is {number}")
     return score
+
+
+def _float(number: float | None) -> float | None:
+    return None if number is None else float(number)  # of numpy and torch too, which JSON does not know
 
 
 def _timed(cases: Sequence[Case], records: Sequence[Record], sampler: Sampler, latency: Latency) -> list[Record]:
@@ -182,13 +202,19 @@ def _timed(cases: Sequence[Case], records: Sequence[Record], sampler: Sampler, l
 def _truths(converged: Mapping[str, Case], sampler: Sampler) -> dict[str, Tensor]:
     """The samples of the accurate cases, each of them computed once."""
     made = {id(case): case for case in converged.values()}
-    samples = {key: sampler.all(case)[0] for key, case in made.items()}
+    samples = {}
+    for key, case in made.items():
+        try:
+            samples[key], _ = sampler.all(case)
+        except Exception as error:
+            raise RuntimeError(f"the converged case failed: {_reason(case, error)}") from error
     return {name: samples[id(case)] for name, case in converged.items()}
 
 
-def _check(cases: Sequence[Case], converged: Mapping[str, Case], n: int, batch: int) -> None:
-    if n < 1 or batch < 1:
-        raise ValueError(f"n and batch must be at least 1, got {n} and {batch}")
+def _check(cases: Sequence[Case], converged: Mapping[str, Case], n: int, batch: int, keep: int) -> None:
+    for name, number, least in (("n", n, 1), ("batch", batch, 1), ("keep", keep, 0)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
     if not cases:
         raise ValueError("no cases: nothing to measure")
     seen: set[str] = set()

@@ -153,6 +153,7 @@ def test_the_measures_of_digits_grow_with_noise(measure):
     assert values[1] + 2 * scores[1].se < values[2] - 2 * scores[2].se
     assert scores[1].n == 1797
     assert quality.name == measure.__name__
+    assert quality(5 * images + 1) == quality((5 * images + 1).clamp(-1, 1))  # what a picture can show
 
 
 def test_endpoint_error_is_the_root_mean_square_and_its_se_that_of_repeated_draws():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import fastsample as fs
 from fastsample import bench
-from fastsample.bench.pictures import latency_picture, nfe_picture
+from fastsample.bench.pictures import _span, latency_picture, nfe_picture
 from fastsample.bench.record import Record
-from fastsample.bench.report import _spread
+from fastsample.bench.report import _front, _spread
 
 LOADS = {"src", "href", "srcset", "action", "data", "poster", "xlink:href"}
 
@@ -21,18 +22,18 @@ LOADS = {"src", "href", "srcset", "action", "data", "poster", "xlink:href"}
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
-        self.loads, self.tags, self.cells, self.rows, self._inside = [], [], [], 0, False
+        self.loads, self.tags, self.cells, self.heads, self.rows, self._inside = [], [], [], [], 0, None
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.loads += [value for name, value in attributes if name in LOADS]
         self.rows += tag == "tr"
-        self._inside = tag == "td"
+        self._inside = {"td": self.cells, "th": self.heads}.get(tag)
 
     def handle_data(self, text):
-        if self._inside:
-            self.cells.append(text)
+        if self._inside is not None:
+            self._inside.append(text)
 
 
 def fails(x, t):
@@ -75,6 +76,43 @@ def test_the_page_is_whole_and_loads_nothing_from_anywhere(folder):
     assert "$" not in rest  # no place of the template is left
 
 
+def test_the_rows_of_the_front_of_the_first_picture_are_shaded(folder):
+    records = [record for record in bench.read_run(folder)[1] if not record.error]
+    front = bench.pareto_front([(record.ms_per_image[0], record.scores["fd_pixels"].value) for record in records])
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    shaded = [Page(row).cells[:3] for row in re.findall(r"<tr class=front>.*?</tr>", text)]
+    assert shaded == [[records[i].model, records[i].solver, str(records[i].steps)] for i in sorted(front)]
+
+
+def test_the_front_is_by_time_where_times_are_known_else_by_evaluations():
+    blank = Record("k", "n", "m", "s", 4, "default", {}, 10, latency_batch=2)
+    timed = [
+        replace(blank, nfe=nfe, scores={"q": bench.Score(value)}, latency=bench.Times((seconds,)))
+        for nfe, seconds, value in ((1, 0.4, 9.0), (2, 0.1, 8.0), (3, 0.2, 7.0), (4, 0.3, 7.5))
+    ]
+    assert [record.nfe for record in _front(timed, "q")] == [2, 3]
+    untimed = replace(blank, nfe=0, scores={"q": bench.Score(1.0)})
+    assert [record.nfe for record in _front([untimed, *timed], "q")] == [2, 3]
+    assert [record.nfe for record in _front([replace(r, latency=None) for r in timed], "q")] == [1, 2, 3]
+    assert [record.nfe for record in _front([replace(timed[0], scores={}), *timed[1:]], "q")] == [2, 3]
+
+
+def test_a_bar_is_the_95_percent_interval_and_never_reaches_zero():
+    blank = Record("k", "n", "m", "s", 4, "default", {}, 10)
+    assert _span(replace(blank, scores={"q": bench.Score(10.0, 1.0)}), "q") == pytest.approx((10, 8.04, 11.96))
+    assert _span(replace(blank, scores={"q": bench.Score(1.0, 1.0)}), "q") == pytest.approx((1, 0.1, 2.96))
+    assert _span(replace(blank, scores={"q": bench.Score(1.0)}), "q") == (1, 1, 1)
+
+
+def test_an_unfinished_run_says_so_and_the_number_of_its_timings_is_told(folder, sweep, tmp_path):
+    assert "medians of 6 interleaved batches of 4;" in (folder / "index.html").read_text(encoding="utf-8")
+    assert "not finished" not in (folder / "index.html").read_text(encoding="utf-8")
+    sweep()
+    run = tmp_path / "out" / "run.json"
+    run.write_text(run.read_text().replace('"finished": true', '"finished": false'))
+    assert "the run was not finished" in bench.report(tmp_path / "out").read_text(encoding="utf-8")
+
+
 def test_names_are_escaped(folder):
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "<script>alert(1)" not in text
@@ -113,6 +151,36 @@ def test_a_sweep_without_latency_or_without_quality_has_a_report_too(sweep, tmp_
     assert Page(bench.report(tmp_path / "fast").read_text(encoding="utf-8")).tags.count("img") == 0
 
 
+def test_pictures_of_an_earlier_report_or_a_killed_one_are_not_shown(sweep, tmp_path):
+    sweep(latency=bench.latency(rounds=1))
+    bench.report(tmp_path / "out")
+    (tmp_path / "out" / ".pareto.png.abc.png").write_bytes(b"half a pic")
+    sweep(keep=0)
+    text = bench.report(tmp_path / "out").read_text(encoding="utf-8")
+    assert Page(text).tags.count("img") == 1
+    assert ".pareto" not in text
+    assert [path.name for path in sorted((tmp_path / "out").glob("[!.]*.png"))] == ["quality.png"]
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no run\.json"):
+        bench.report(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_rows_stand_beside_evaluations_where_guidance_makes_them_two(sweep, toys, model, tmp_path):
+    def network(x, t, shift):
+        return 0.5 * x + shift
+
+    guided = fs.Guided(toys["toy"](network), {"shift": 0.0}, {"shift": 0.0}, scale=2.0)
+    sweep(cases=bench.Case.product(model={"plain": model, "guided": guided}, solver=toys["ddim"], steps=4))
+    page = Page(bench.report(tmp_path / "out").read_text(encoding="utf-8"))
+    assert page.heads[2:5] == ["steps", "NFE", "rows"]
+    assert [page.cells[k : k + 5] for k, cell in enumerate(page.cells) if cell in ("plain", "guided")] == [
+        ["plain", "ddim", "4", "4", "4"], ["guided", "ddim", "4", "4", "8"],
+    ]  # fmt: skip
+
+
 def test_an_unknown_measure_is_named_beside_those_there_are(sweep, tmp_path):
     sweep()
     with pytest.raises(ValueError, match="no measure 'fid'; it has fd_pixels"):
@@ -125,7 +193,8 @@ def test_the_pareto_front_is_what_nothing_beats():
     for i, (x, y) in enumerate(points):
         beaten = any(a <= x and b <= y for j, (a, b) in enumerate(points) if j != i)
         assert (i in front) == (not beaten)
-    assert bench.pareto_front([(1.0, 2.0), (1.0, 1.0), (1.0, 1.0)]) == [1]
+    assert bench.pareto_front([(1.0, 2.0), (1.0, 1.0), (1.0, 1.0)]) == [1]  # of equal points the first
+    assert bench.pareto_front([(2.0, 1.0), (1.0, 1.0), (0.5, 3.0), (0.5, 2.0)]) == [3, 1]
     assert bench.pareto_front([]) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,63 @@ def test_the_samples_kept_are_those_of_the_first_seeds(sweep, toys, model, tmp_p
     torch.testing.assert_close(bench.read_samples(tmp_path / "out", record), expected)
 
 
+def test_a_folder_is_used_again_and_holds_nothing_of_the_run_before(sweep, toys, model, tmp_path):
+    first = sweep(n=30)
+    (tmp_path / "out" / "cells" / f".{first[0].key}.json.abc.json").write_text("left by a run that was killed")
+    (tmp_path / "out" / "cells" / "notes.txt").write_text("the user's own")
+    (record,) = sweep(cases=bench.Case.product(model={"teacher": model}, solver=toys["ddim"], steps=2), keep=0)
+    assert [path.name for path in sorted((tmp_path / "out" / "cells").iterdir())] == [f"{record.key}.json", "notes.txt"]
+    assert bench.read_run(tmp_path / "out")[1] == [record]
+
+
+def test_a_run_that_is_stopped_leaves_its_own_records_alone(sweep, toys, model, tmp_path):
+    def stops(samples):
+        seen.append(samples)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    seen = []
+    sweep(n=30)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(n=40, quality={"seen": stops})
+    body, records = bench.read_run(tmp_path / "out")
+    assert not body["finished"]
+    assert [(record.n, set(record.scores)) for record in records] == [(40, {"seen"})] * 2
+
+
+def test_a_run_that_is_stopped_while_it_clears_the_folder_leaves_no_run(sweep, tmp_path, monkeypatch):
+    def stops(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.parent.name == "cells":
+            raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    sweep()
+    monkeypatch.setattr(Path, "unlink", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sweep()
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 7  # of 4 records and 4 sets of samples
+    with pytest.raises(FileNotFoundError, match=r"holds no run\.json"):
+        bench.read_run(tmp_path / "out")
+
+
+def test_the_starting_noise_is_in_no_latency(sweep, toys, model, monkeypatch):
+    drawn = []
+
+    def draw(self, k):
+        drawn.append(k)
+        return original(self, k)
+
+    original = fs.noise((1,), [0]).__class__.draw
+    monkeypatch.setattr(fs.noise((1,), [0]).__class__, "draw", draw)
+    cases = bench.Case.product(model={"m": model}, solver=[toys["ancestral"], toys["ddim"]], steps=3)
+    sweep(cases=cases, batch=40, quality=(), latency=bench.latency(rounds=5))
+    assert drawn.count(0) == 2 + 2  # once for the samples of each case, once for its latency
+    assert drawn.count(2) == 1 + 1 + 1 + 10  # that of a step: samples, first call, warm-up, rounds
+
+
 def test_scores_do_not_depend_on_the_batch(sweep):
     first, second = ([record.scores["fd_pixels"].value for record in sweep(batch=batch)] for batch in (7, 40))
     assert first == pytest.approx(second, rel=1e-5)
@@ -106,14 +164,15 @@ def test_conditions_follow_the_sample_and_not_the_batch(sweep, toys):
         return 0.0 * x + label.view(-1, 1, 1, 1)
 
     cases = bench.Case.product(model={"m": toys["toy"](network)}, solver=toys["ddim"], steps=2)
-    got = []
+    got, asked = [], []
     sweep(
         cases=cases,
-        condition=lambda i: {"label": i.float()},
+        condition=lambda i: asked.append(i) or {"label": i.float()},
         quality={"seen": lambda samples: got.append(samples) or 0.0},
         latency=bench.latency(rounds=1, batch=64),  # more than n: the samples are used again
     )
     torch.testing.assert_close(got[0][:, 0, 0, 0], torch.arange(40.0))
+    assert asked[-1].tolist() == [*range(40), *range(24)]
 
 
 def test_a_network_evaluated_more_often_than_promised_fails_its_case_and_no_other(sweep, toys, model):
@@ -189,6 +248,21 @@ def test_nan_fails_the_case_by_name_and_the_sweep_goes_on(sweep, toys, model, tm
 def test_a_measure_that_gives_nan_fails_the_case(sweep):
     with pytest.warns(UserWarning, match="odd of the samples is nan"):
         sweep(quality={"odd": lambda samples: math.nan})
+    with pytest.warns(UserWarning, match="se of odd of the samples is inf"):
+        sweep(quality={"odd": lambda samples: bench.Score(1.0, math.inf)})
+
+
+def test_a_measure_may_give_the_numbers_of_numpy_and_torch(sweep, tmp_path):
+    quality = {"a": lambda samples: bench.Score(np.float32(0.5), torch.tensor(0.25)), "b": lambda s: torch.tensor(2.0)}
+    scores = sweep(quality=quality)[0].scores
+    assert scores == {"a": bench.Score(0.5, 0.25), "b": bench.Score(2.0, n=40)}
+    assert bench.read_run(tmp_path / "out")[1][0].scores == scores
+
+
+def test_a_converged_case_that_fails_is_named(sweep, toys):
+    broken = bench.Case("teacher", toys["toy"](lambda x, t: x * math.nan), "heun", toys["heun"], 9)
+    with pytest.raises(RuntimeError, match=r"the converged case failed: teacher/heun/9: FloatingPointError"):
+        sweep(converged={"teacher": broken})
 
 
 def test_a_plan_that_cannot_be_traced_fails_its_case_alone(sweep, toys, model):
@@ -211,9 +285,9 @@ def test_a_folder_that_cannot_be_written_fails_before_anything_is_sampled(sweep,
     assert not called
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"batch": 0}, {"cases": []}])
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"batch": 0}, {"cases": []}, {"keep": -1}])
 def test_nothing_to_measure_is_an_error(sweep, wrong):
-    with pytest.raises(ValueError, match=r"at least 1|no cases"):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be at least|no cases"):
         sweep(**wrong)
 
 
@@ -230,10 +304,21 @@ def test_quality_may_be_one_several_or_named_but_not_two_of_one_name(sweep):
 def test_a_damaged_or_foreign_folder_is_named(sweep, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run\.json"):
         bench.read_run(tmp_path)
-    sweep()
-    (tmp_path / "out" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        bench.read_run(tmp_path / "out")
+    record = sweep()[0]
+    cell, run = tmp_path / "out" / "cells" / f"{record.key}.json", tmp_path / "out" / "run.json"
+    whole = cell.read_text()
+    for text, says in (
+        (whole[:-9], "damaged"),
+        (whole.replace('"nfe"', '"net"'), "damaged"),
+        (whole.replace('"version": 1', '"version": 2'), r"fastsample\.bench\.record of version 2; run the sweep again"),
+    ):
+        cell.write_text(text)
+        with pytest.raises(ValueError, match=rf"{cell.name} is not a bench record of version 1: {says}"):
+            bench.read_run(tmp_path / "out")
+    for text in ("{", run.read_text().replace('"cases"', '"cells"')):
+        run.write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json is not a bench run of version 1: damaged"):
+            bench.read_run(tmp_path / "out")
 
 
 def test_the_environment_has_no_host_name():
