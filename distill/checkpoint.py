@@ -5,8 +5,8 @@ A checkpoint goes on only with the configuration it was made with; what differs 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fastsample import files
+from fastsample.adapters.pretrained import sha256
 
 VERSION = 1
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -27,10 +29,14 @@ STATE, MANIFEST = "state.safetensors", "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: how many steps were done. place: the epoch of the data and how many of its batches were used."""
+    """A run after `step` steps.
+
+    place: the epoch of the data and how many of its batches were used. machine: what the last bits of a sum depend on.
+    """
 
     step: int
     place: tuple[int, int]
+    machine: dict[str, str]
     scaler: dict[str, float] | None
     tensors: dict[str, Tensor]
 
@@ -38,30 +44,31 @@ class Checkpoint:
 def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *, keep: int) -> Path:
     """Write one checkpoint under a temporary name, rename it, and remove all but the newest `keep`."""
     target = out / f"step-{checkpoint.step:06d}"
-    temporary = Path(tempfile.mkdtemp(dir=out, prefix=".step-"))
+    hidden = Path(tempfile.mkdtemp(dir=out, prefix=".step-"))
+    temporary = hidden / target.name
     try:
+        temporary.mkdir()  # with the rights of any new folder, unlike `hidden`
         tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
         save_file(tensors, temporary / STATE)
+        files.readable(temporary / STATE)
         manifest = {
             "format": "fastsample.checkpoint",
             "version": VERSION,
             "step": checkpoint.step,
             "place": list(checkpoint.place),
+            "machine": checkpoint.machine,
             "scaler": checkpoint.scaler,
-            "sha256": _sha256(temporary / STATE),
-            "configuration": configuration,
+            "sha256": sha256(temporary / STATE),
+            "configuration": _finite(configuration),
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
         for name in (STATE, MANIFEST):
             with (temporary / name).open("rb+") as file:
                 os.fsync(file.fileno())
-            (temporary / name).chmod(0o644)
-        temporary.chmod(0o755)  # mkdtemp and safetensors write what only the owner may read
-        if target.exists():
-            _remove(target)
         temporary.rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
     for old in folders(out)[:-keep]:
         _remove(old)
     return target
@@ -79,33 +86,32 @@ def sweep(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path, configuration: Mapping[str, Any], device: torch.device) -> Checkpoint:
+def load(folder: Path, configuration: Mapping[str, Any]) -> Checkpoint:
     """Read and check a checkpoint. Raises ValueError where it is damaged or of another configuration."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != "fastsample.checkpoint" or manifest["version"] != VERSION:
-            raise ValueError(
-                f"{folder} is {manifest['format']} of version {manifest['version']}; expected "
-                f"fastsample.checkpoint {VERSION}: train into another folder"
-            )
-        found, step = manifest["configuration"], int(manifest["step"])
-        epoch, used = (int(number) for number in manifest["place"])
-        damaged = _sha256(folder / STATE) != manifest["sha256"]
-        tensors = {} if damaged else load_file(folder / STATE, device=str(device))
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder} is damaged ({error!r}); {_REMEDY}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{folder / STATE} is damaged ({error}); {_REMEDY}") from error
-    if damaged:
-        raise ValueError(f"{folder / STATE} is damaged: its SHA-256 is not that of the manifest; {_REMEDY}")
-    differs = differences(found, json.loads(json.dumps(configuration)))
+        form, version = manifest["format"], manifest["version"]
+        if (form, version) == ("fastsample.checkpoint", VERSION):
+            epoch, used = manifest["place"]
+            step, machine, scaler, found = (manifest[key] for key in ("step", "machine", "scaler", "configuration"))
+            if sha256(folder / STATE) != manifest["sha256"]:
+                raise ValueError(f"the SHA-256 of {STATE} is not that of the manifest")
+            tensors = load_file(folder / STATE)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
+    if (form, version) != ("fastsample.checkpoint", VERSION):
+        raise ValueError(
+            f"{folder} is {form} of version {version}; expected fastsample.checkpoint {VERSION}: train into another "
+            f"folder"
+        )
+    differs = differences(found, json.loads(json.dumps(_finite(configuration))))
     if differs:
         raise ValueError(
             f"{folder} was made with another configuration: {'; '.join(differs[:5])}"
             f"{f'; and {len(differs) - 5} more' if len(differs) > 5 else ''}. Pass what it was made with, or train "
             f"into another folder"
         )
-    return Checkpoint(step, (epoch, used), manifest["scaler"], tensors)
+    return Checkpoint(step, (epoch, used), machine, scaler, tensors)
 
 
 _REMEDY = "remove that folder, and the run goes on from the checkpoint before it"
@@ -121,6 +127,15 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
     return [] if then == now else [f"{name} was {_short(then)}, now {_short(now)}"]
 
 
+def _finite(value: Any) -> Any:
+    """The same with infinity and NaN as text: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -130,11 +145,3 @@ def _remove(folder: Path) -> None:
     hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".step-"))  # renamed first: never half a checkpoint
     folder.rename(hidden / folder.name)
     shutil.rmtree(hidden)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser
-from fastsample.grid import Grid, Nodes, Spacing, grid, per_sample, uniform_t
+from fastsample.grid import Grid, Node, Nodes, Spacing, grid, per_sample, uniform_t
 from fastsample.prediction import EPS
 
 from .method import Batch, Method, check_drop, conditions, dropped
@@ -32,6 +32,8 @@ class ConsistencyDistillation(Method):
     student: predicts v, x0 or flow; start it from the teacher's weights, see `student_of` and `Conversion`.
     times, spacing: how many intervals the path is cut into, and where. Sample on a grid of the same spacing.
     drop, null: as for `Diffusion`, so that the student knows "no condition" too.
+
+    Raises ValueError where the times cannot be placed, or start at alpha = 0 with a network that predicts eps.
     """
 
     student: Denoiser
@@ -44,18 +46,16 @@ class ConsistencyDistillation(Method):
     def __post_init__(self) -> None:
         check_drop(self.drop, self.null)
         check_pair(self.student, self.teacher)
+        first = self.grid.nodes[0]
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            check_start(role, model, first)
         if self.student.prediction is EPS:
             warnings.warn(
                 f"the student predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
-                f"{self._ratio:.3g} at the first step, so one-step samples will be poor; take "
+                f"{first.sigma / first.alpha:.3g} at the first step, so one-step samples will be poor; take "
                 f"student_of(teacher, predicts='v') and train it by Conversion first",
                 stacklevel=3,
             )
-
-    @property
-    def _ratio(self) -> float:
-        first = self.grid.nodes[0]
-        return first.sigma / first.alpha if first.alpha else float("inf")
 
     @property
     def roles(self) -> dict[str, Denoiser]:
@@ -119,6 +119,15 @@ def same_dropout(device: torch.device) -> AbstractContextManager[None]:
     Song and Dhariwal 2023, arXiv:2310.14189, Sec. 3.1.
     """
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def check_start(role: str, model: Denoiser, first: Node) -> None:
+    """An eps network has no x0 at alpha = 0: one such sample makes the loss NaN."""
+    if model.prediction is EPS and first.alpha == 0:
+        raise ValueError(
+            f"the {role} predicts eps, which says nothing of x0 at alpha = 0, where the times start (t = {first.t:g} "
+            f"of {model.schedule!r}); take a {role} that predicts v, x0 or flow, or a schedule that stays below"
+        )
 
 
 def check_pair(student: Denoiser, teacher: Denoiser) -> None:

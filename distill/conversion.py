@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Denoiser
-from fastsample.grid import per_sample
+from fastsample.grid import node, per_sample
 from fastsample.prediction import Prediction
 
-from .consistency import check_pair
+from .consistency import check_pair, check_start
 from .method import Batch, Method, check_drop, conditions, dropped
 from .times import noisy, random_nodes
 
@@ -58,6 +58,7 @@ class Conversion(Method):
     def __post_init__(self) -> None:
         check_drop(self.drop, self.null)
         check_pair(self.student, self.teacher)
+        check_start("teacher", self.teacher, node(self.teacher.schedule, self.teacher.schedule.t_max))
 
     @property
     def roles(self) -> dict[str, Denoiser]:

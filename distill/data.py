@@ -27,6 +27,8 @@ class Batches:
             raise ValueError(f"condition {wrong[0]!r} has {len(condition[wrong[0]])} rows for {len(x0)} images")
         if "x0" in condition:
             raise ValueError("'x0' names the images and cannot be a condition too")
+        if size < 1:
+            raise ValueError(f"size of a batch must be at least 1, got {size}")
         self.tensors: Batch = {"x0": x0, **condition}
         self.size = min(size, len(x0))
 
@@ -71,17 +73,20 @@ class Stream:
         batch = self._draw()
         if batch is None:
             raise ValueError("the loader gives no batch: the data set is empty, or smaller than a batch with drop_last")
-        if not isinstance(batch, dict) or "x0" not in batch:
+        kinds = {k: type(v).__name__ for k, v in batch.items()} if isinstance(batch, dict) else type(batch).__name__
+        if not isinstance(batch, dict) or "x0" not in batch or not all(isinstance(v, Tensor) for v in batch.values()):
             raise TypeError(
-                f"the loader gives {type(batch).__name__}, not a dictionary with the images as 'x0'; use "
+                f"the loader gives {kinds}, not a dictionary of tensors with the images as 'x0'; use "
                 f"distill.Batches(images, {{'class_labels': labels}}) or a collate_fn that returns one"
             )
         x0 = batch["x0"]
+        if not bool(x0.isfinite().all()):
+            raise ValueError("the images of the first batch hold NaN or infinity; look at how they are loaded")
         low, high = float(x0.min()), float(x0.max())
         if not (low >= -1.001 and high <= 1.001):
             raise ValueError(
                 f"images must lie in [-1, 1], the first batch lies in [{low:g}, {high:g}]; scale it: "
-                f"{'x / 127.5 - 1' if high > 2 else 'x / high * 2 - 1, for example'}"
+                f"{'x / 127.5 - 1' if low >= 0 and high > 2 else f'x / {max(-low, high):g}'}"
             )
         if x0.dtype != torch.float32:
             raise TypeError(f"images must be float32, got {x0.dtype}; call .float()")
@@ -93,5 +98,5 @@ class Stream:
         if self.iterator is None:
             self.iterator = iter(self.loader)
         batch = next(self.iterator, None)
-        self.used += batch is not None
+        self.used += 1
         return batch

@@ -15,24 +15,28 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """A line for every `every` steps: the mean losses since the last, the learning rate, the seconds."""
+    """A line for every `every` steps: the mean losses since the last, the learning rate, the seconds of this start."""
 
     def __init__(self, folder: Path | None, done: int, every: int):
         self.every, self.losses, self.begin = every, dict[str, list[float]](), time.monotonic()
         self.file = None
         if folder is not None:
+            for left in folder.glob(f".{LOG}.*"):  # by a run that was killed
+                left.unlink()
             path = folder / LOG
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             files.write_text(path, "".join(line + "\n" for line in lines if _is_before(line, done)))
             self.file = path.open("a", encoding="utf-8")
 
     def add(self, step: int, losses: dict[str, float], lr: float) -> None:
+        if self.file is None:
+            return
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss)
-        if self.file and (step + 1) % self.every == 0:
+        if (step + 1) % self.every == 0:
             means = {name: sum(values) / len(values) for name, values in self.losses.items()}
             line = {"step": step + 1, "loss": means, "lr": lr, "seconds": round(time.monotonic() - self.begin, 3)}
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
             self.losses.clear()
 

@@ -74,11 +74,16 @@ def conditions(batch: Batch) -> Batch:
 def dropped(condition: Batch, null: Mapping[str, float | Tensor], share: float) -> Batch:
     """The conditions with a random `share` of the samples set to `null`, all conditions of a sample together.
 
-    null: the value that means "none" for each condition: a number, or a tensor of one sample's shape.
-    Ho and Salimans 2022, arXiv:2207.12598, Alg. 1.
+    null: the value that means "none" for each condition: a number, or a tensor of one sample's shape. A condition
+        that it does not name is kept.
+    Raises ValueError where it names one that the batch lacks. Ho and Salimans 2022, arXiv:2207.12598, Alg. 1.
     """
-    if not share or not condition:
+    if not share:
         return condition
+    if lacking := null.keys() - condition.keys():
+        raise ValueError(
+            f"null names {sorted(lacking)}, but the conditions of the batch are {sorted(condition)}; use their names"
+        )
     size, device = next((len(value), value.device) for value in condition.values())
     drop = torch.rand(size, device=device) < share
     return {key: _where(drop, null[key], value) if key in null else value for key, value in condition.items()}

@@ -61,6 +61,8 @@ def distill_digits(
     It predicts v: the first 400 updates convert it, the next 1200 make it consistent.
     updates: the share of these that is done; 0.1 shows the path and makes a poor student.
     """
+    if not updates > 0:
+        raise ValueError(f"updates is a share above 0, such as 1.0 for all, got {updates:g}")
     out = Path(out)
     student = student_of(teacher, predicts="v")
     null = {"class_labels": NULL}

@@ -24,6 +24,7 @@ class Role:
         self.weights: dict[str, Tensor] = {
             key: value for key, value in network.named_parameters() if value.requires_grad
         }
+        self.fixed = [value for value in network.parameters() if not value.requires_grad]  # what LoRA stands on
         if not self.weights:
             raise ValueError(f"role {name!r} has no parameter that needs a gradient; call requires_grad_(True) on it")
         self.buffers = dict(network.named_buffers())
@@ -72,10 +73,13 @@ class Role:
         for key, value in self.weights.items():
             entries = {entry: f"{self.name}.adam.{entry}.{key}" for entry in ("step", "exp_avg", "exp_avg_sq")}
             if entries["step"] in tensors:
-                self.inner.state[value] = {entry: tensors[name] for entry, name in entries.items()}
+                moments = {entry: tensors[name] for entry, name in entries.items()}
+                # Adam keeps its count of steps on the CPU: on a GPU it would wait for it at every step
+                self.inner.state[value] = {k: v if k == "step" else v.to(value.device) for k, v in moments.items()}
 
     def shape(self) -> dict[str, Any]:
         return {
             "network": type(self.network).__name__,
             "parameters": {key: list(value.shape) for key, value in self.weights.items()},
+            "buffers": {key: list(value.shape) for key, value in self.buffers.items()},
         }

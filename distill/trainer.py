@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsample import files
 from fastsample.denoiser import Denoiser
@@ -69,35 +70,29 @@ def train(
     clip: largest norm of a role's gradient; math.inf clips none.
     precision: "no", "fp16" or "bf16"; None is what `accelerate launch` was told, else "no".
     save_every, keep: steps between checkpoints, and how many stay.
-    resume: go on from the newest checkpoint in `out`, with the weights that an uninterrupted run would have had.
+    resume: go on from the newest checkpoint in `out`, with the weights that an uninterrupted run would have had; a
+        warning says where another number of threads, device or torch may change their last digits.
     progress: show a bar; None: on a terminal.
     Raises FloatingPointError where a loss is not finite; the last checkpoint stays.
 
     The networks are trained in place.
     """
-    _check(steps=steps, save_every=save_every, keep=keep, log_every=log_every, lr=lr, ema=ema, clip=clip)
-    accelerator = _accelerator(precision)
-    with _generators_kept(accelerator.device):
+    _check(steps=steps, save_every=save_every, keep=keep, log_every=log_every, lr=lr, warmup=warmup, ema=ema, clip=clip)
+    with _accelerator(precision) as accelerator, _generators_kept(accelerator.device):
         data = Stream(loader, seed)
         example = data.first()
         folder = files.folder(out) if out is not None else None
         with _prepared(method, accelerator, lr) as roles:
-            configuration = {
-                "method": {"name": type(method).__name__, **method.settings()},
-                "steps": steps,
-                "training": {
-                    "lr": lr,
-                    "decay": getattr(decay, "__name__", type(decay).__name__),
-                    "warmup": warmup,
-                    "ema": ema,
-                    "clip": str(clip),  # JSON has no infinity
-                    "seed": seed,
-                    "precision": str(accelerator.mixed_precision),
-                },
-                "batch": {key: list(value.shape) for key, value in example.items()},
-                "networks": {name: role.shape() for name, role in roles.items()},
-                "frozen": {str(k): _digest(model.network) for k, model in enumerate(method.frozen)},
+            training = {
+                "lr": lr,
+                "decay": getattr(decay, "__name__", type(decay).__name__),
+                "warmup": warmup,
+                "ema": ema,
+                "clip": clip,
+                "seed": seed,
+                "precision": str(accelerator.mixed_precision),
             }
+            configuration = {"steps": steps, "training": training, **_configuration(method, roles, example)}
             done = _resumed(folder, roles, data, accelerator, configuration, resume) if folder else 0
             if done:
                 method.after(done - 1)
@@ -126,24 +121,36 @@ def train(
     return first.model
 
 
-def _accelerator(precision: str | None) -> Any:
+@contextlib.contextmanager
+def _accelerator(precision: str | None) -> Iterator[Any]:
+    """An accelerator of its own precision: by itself, accelerate keeps that of the first run of a process."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'fastsample[train]'") from error
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"train runs in one process for now, and was started in {accelerator.num_processes}: start it with "
-            f"python instead of accelerate launch or torchrun"
-        )
-    return accelerator
+    shared = AcceleratorState._shared_state
+    before = dict(shared)
+    shared.clear()
+    try:
+        accelerator = Accelerator(mixed_precision=precision)
+        if accelerator.num_processes > 1:
+            raise ValueError(
+                f"train runs in one process for now, and was started in {accelerator.num_processes}: start it with "
+                f"python instead of accelerate launch or torchrun"
+            )
+        yield accelerator
+    finally:
+        shared.clear()
+        shared.update(before)
 
 
-def _check(*, lr: float, ema: float, clip: float, **counts: int) -> None:
+def _check(*, lr: float, warmup: int, ema: float, clip: float, **counts: int) -> None:
     for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
     if not 0 <= ema < 1 or not lr > 0 or not clip > 0:
         raise ValueError(f"need 0 <= ema < 1, lr > 0 and clip > 0, got ema = {ema:g}, lr = {lr:g}, clip = {clip:g}")
 
@@ -172,10 +179,27 @@ def _prepared(method: Method, accelerator: Any, lr: float) -> Iterator[dict[str,
         accelerator.free_memory()
 
 
-def _digest(network: Any) -> str:
-    """What tells one teacher from another: its class, and the SHA-256 of its weights."""
+def _configuration(method: Method, roles: dict[str, Role], example: Batch) -> dict[str, Any]:
+    """What must be the same for a run to go on, beside the numbers that `train` was given."""
+    return {
+        "method": {"name": type(method).__name__, **method.settings()},
+        "batch": {key: list(value.shape) for key, value in example.items()},
+        "networks": {name: role.shape() for name, role in roles.items()},
+        "frozen": {
+            **{str(k): _digest(model.network, _tensors(model.network)) for k, model in enumerate(method.frozen)},
+            **{name: _digest(role.network, role.fixed) for name, role in roles.items() if role.fixed},
+        },
+    }
+
+
+def _tensors(network: Any) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()] if isinstance(network, nn.Module) else []
+
+
+def _digest(network: Any, tensors: Iterable[Tensor]) -> str:
+    """What no checkpoint holds of a network, and may not change either: its class, and the SHA-256 of its tensors."""
     digest = hashlib.sha256()
-    for value in network.parameters() if isinstance(network, nn.Module) else ():
+    for value in tensors:
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return f"{type(network).__name__} {digest.hexdigest()[:16]}"
 
@@ -192,8 +216,15 @@ def _resumed(
         raise FileExistsError(
             f"{folder} holds {found[-1].name} of an earlier run; pass resume=True, remove it, or choose another folder"
         )
-    checkpoint = checkpoints.load(found[-1], configuration, accelerator.device)
+    checkpoint = checkpoints.load(found[-1], configuration)
     checkpoints.sweep(folder)
+    changes = checkpoints.differences(checkpoint.machine, _machine(accelerator.device))
+    if changes and checkpoint.step < configuration["steps"]:
+        warnings.warn(
+            f"{found[-1]} was made elsewhere: {'; '.join(changes)}. The run goes on, but the last digits of its "
+            f"weights may not be those of an uninterrupted run",
+            stacklevel=3,
+        )
     for role in roles.values():
         role.restore(checkpoint.tensors)
     if checkpoint.scaler is not None:
@@ -205,7 +236,13 @@ def _resumed(
 def _snapshot(step: int, roles: dict[str, Role], data: Stream, accelerator: Any) -> Checkpoint:
     scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
     tensors = {key: value for role in roles.values() for key, value in role.tensors().items()}
-    return Checkpoint(step, (data.epoch, data.used), scaler, tensors)
+    return Checkpoint(step, (data.epoch, data.used), _machine(accelerator.device), scaler, tensors)
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """What the order of summation, and so the last bits of a result, depends on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": torch.__version__, "device": name, "threads": str(torch.get_num_threads())}
 
 
 def _burst(role: str, loss: float, norm: float, step: int, steps: int, folder: Path | None) -> str:

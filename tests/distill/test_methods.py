@@ -153,9 +153,44 @@ def test_conversion_is_zero_for_a_student_that_equals_the_teacher(pair):
     assert other.loss("student", data(1000), 0).item() > 1e-3
 
 
+def test_conversion_clips_what_the_teacher_says_and_leaves_the_teacher_alone():
+    class Says(nn.Module):
+        def __init__(self, x0):
+            super().__init__()
+            self.x0 = nn.Parameter(torch.tensor(x0))
+
+        def forward(self, x, t):
+            return self.x0.expand_as(x)
+
+    student, teacher = (fs.Denoiser(Says(x0), fs.VP.scaled_linear(), "x0") for x0 in (0.5, 3.0))
+    for limit, expected in ((1.0, 0.25), (0.5, 0.0), (math.inf, 6.25)):
+        loss = distill.Conversion(student, teacher, limit=limit).loss("student", {"x0": torch.rand(16, 2)}, 0)
+        assert loss.item() == pytest.approx(expected)
+        loss.backward()
+    assert student.network.x0.grad is not None
+    assert teacher.network.x0.grad is None
+
+
 def test_an_eps_student_is_warned_of_with_the_remedy(toy):
     with pytest.warns(UserWarning, match=r"predicts eps.*magnifies its errors by 14\.6.*predicts='v'"):
         distill.ConsistencyDistillation(toy("eps"), toy("eps"))
+
+
+def test_an_eps_network_where_alpha_is_zero_is_refused(toy):
+    schedule = fs.VP.scaled_linear().zero_terminal_snr()
+    eps, v = (fs.Denoiser(toy(seed=seed).network, schedule, name) for seed, name in enumerate(["eps", "v"]))
+    for make in (distill.ConsistencyDistillation, distill.Conversion):
+        with pytest.raises(ValueError, match=r"the teacher predicts eps, which says nothing of x0 at alpha = 0"):
+            make(v, eps)
+    with pytest.raises(ValueError, match=r"the student predicts eps, .*\(t = 999 of VP"):
+        distill.ConsistencyDistillation(eps, v)
+    below = distill.ConsistencyDistillation(v, eps, times=2, spacing=fs.at_times([900.0, 400.0]))
+    assert below.loss("student", {"x0": torch.rand(16, 2)}, 0).isfinite()
+
+
+def test_times_that_cannot_be_placed_are_refused_before_any_training(toy):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
+        distill.ConsistencyDistillation(toy(), toy(), times=0)
 
 
 def test_pairs_that_do_not_fit_are_refused(toy):
@@ -169,11 +204,14 @@ def test_pairs_that_do_not_fit_are_refused(toy):
 
 
 def test_a_student_is_a_copy_with_the_weights_of_the_teacher(toy):
-    teacher = toy("eps")
+    teacher = fs.Denoiser(
+        toy().network, fs.VP.scaled_linear(), "eps", time="unit", dtype=torch.float64, spacing=fs.trailing
+    )
     teacher.network.requires_grad_(False)
     student = distill.student_of(teacher, predicts="v")
     assert student.prediction.name == "v"
-    assert student.time is teacher.time
+    assert (student.time, student.dtype, student.spacing) == (fs.TIMES["unit"], torch.float64, fs.trailing)
+    assert student.schedule is teacher.schedule
     for a, b in zip(student.network.parameters(), teacher.network.parameters()):
         assert torch.equal(a, b)
         assert a is not b
@@ -191,6 +229,40 @@ def test_conditions_are_dropped_together_at_the_asked_share():
     assert torch.equal(out["text"][gone], torch.tensor([[0.0, 5.0, 0.0]]).expand(int(gone.sum()), 3))
     assert torch.equal(out["text"][~gone], torch.ones(int((~gone).sum()), 3))
     assert out["class_labels"].dtype == torch.long
+    kept = dropped({**condition, "size": condition["text"]}, {"class_labels": 10}, 1.0)
+    assert (kept["class_labels"] == 10).all()
+    assert torch.equal(kept["size"], condition["text"])  # null does not name it
+
+
+@pytest.mark.parametrize("name", ["Diffusion", "Conversion", "ConsistencyDistillation"])
+def test_a_null_value_of_another_name_is_refused(toy, name):
+    models = [toy()] if name == "Diffusion" else [toy(seed=1), toy(seed=2)]
+    method = getattr(distill, name)(*models, drop=0.1, null={"label": 2})
+    batch = {"x0": torch.rand(16, 2), "class_labels": torch.zeros(16, dtype=torch.long)}
+    with pytest.raises(ValueError, match=r"null names \['label'\], but .* are \['class_labels'\]"):
+        method.loss(next(iter(method.roles)), batch, 0)
+
+
+@pytest.mark.parametrize("name", ["Conversion", "ConsistencyDistillation"])
+def test_teacher_target_and_student_are_told_the_same_labels(name):
+    """Of a sample whose label is dropped, all of them must speak without it."""
+    told = []
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x, t, class_labels):
+            told.append(class_labels)
+            return x * self.weight
+
+    student, teacher = (fs.Denoiser(Told(), fs.VP.scaled_linear(), "v") for _ in range(2))
+    method = getattr(distill, name)(student, teacher, drop=0.5, null={"class_labels": 2})
+    method.loss("student", {"x0": torch.rand(64, 2), "class_labels": torch.zeros(64, dtype=torch.long)}, 0)
+    assert len(told) == student.count.calls + teacher.count.calls >= 2
+    assert all(torch.equal(labels, told[0]) for labels in told)
+    assert set(told[0].tolist()) == {0, 2}
 
 
 def test_dropping_without_a_null_value_is_refused(toy):

@@ -17,6 +17,7 @@ def test_random_times_lie_within_the_schedule_and_fill_it(schedule):
     assert schedule.t_min <= t.min() < t.max() <= schedule.t_max
     if isinstance(schedule, fs.EDM):
         assert t.log().mean() == pytest.approx(-1.2, abs=0.1)  # standard error 0.02
+        assert t.log().std() == pytest.approx(1.2, abs=0.07)  # five standard errors
     else:
         middle = (schedule.t_min + schedule.t_max) / 2
         assert (t < middle).float().mean() == pytest.approx(0.5, abs=0.04)  # five standard errors

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import torch
 
 import fastsample as fs
 from fastsample import distill
+from fastsample.distill.log import Log
 
 pytest.importorskip("accelerate")
 HERE = Path(__file__).parent
@@ -114,6 +117,149 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(toy, tmp_path):
     assert sorted(path.name for path in out.glob("step-*")) == ["step-000199", "step-000200"]
 
 
+@pytest.mark.parametrize("moment", ["before the rename", "after it", "before an old one goes", "while it goes"])
+def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_weights(moment, toy, loader, tmp_path, monkeypatch):
+    def dies(path, target):
+        if moment == "before the rename" and Path(target).name == "step-000015":
+            raise KeyboardInterrupt
+        if moment == "before an old one goes" and path.name == "step-000005" and path.parent == tmp_path:
+            raise KeyboardInterrupt
+        rename(path, target)
+        if moment == "after it" and Path(target).name == "step-000015":
+            raise KeyboardInterrupt
+        if moment == "while it goes" and path.name == "step-000005" and path.parent == tmp_path:
+            (Path(target) / "manifest.json").unlink()
+            raise KeyboardInterrupt
+
+    rename = Path.rename
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dies)
+        patched.setattr(shutil, "rmtree", lambda *path, **options: None)  # who is killed cleans up nothing
+        with pytest.raises(KeyboardInterrupt):
+            run(toy, loader, tmp_path)
+    assert list(tmp_path.glob(".step-*"))
+    (tmp_path / ".log.jsonl.abc.jsonl").touch()  # of one that was killed as it began
+    done = [path.name for path in sorted(tmp_path.glob("step-*"))]
+    whole = ["step-000005", "step-000010", "step-000015"]
+    assert done == {"before the rename": whole[:2], "while it goes": whole[1:]}.get(moment, whole)
+    assert same(run(toy, loader, tmp_path), run(toy, loader))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["log.jsonl", "step-000020", "step-000024"]
+
+
+def test_another_number_of_threads_is_noted_where_a_run_goes_on(toy, loader, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, loader, tmp_path, at=7)
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match=r'step-000005 was made elsewhere: threads was "1", now "2"\. The run goes on'):
+        run(toy, loader, tmp_path)
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(toy, loader, tmp_path)  # nothing is left to do
+
+
+def test_every_step_draws_anew_and_the_same_after_a_stop_which_is_told_to_the_method(toy, loader, tmp_path):
+    class Watched(distill.Diffusion):
+        def loss(self, role, batch, step):
+            drawn[step] = (torch.rand(2).tolist(), batch["x0"][0].tolist())
+            return super().loss(role, batch, step)
+
+        def after(self, step):
+            told.append(step)
+            if step == stop:
+                raise KeyboardInterrupt
+
+    drawn, told, stop = {}, [], -1
+    distill.train(Watched(toy()), loader, steps=20)
+    whole = dict(drawn)
+    assert len({str(value) for value, _ in whole.values()}) == len({str(x0) for _, x0 in whole.values()}) == 20
+    stop = 11
+    with pytest.raises(KeyboardInterrupt):
+        distill.train(Watched(toy()), loader, steps=20, out=tmp_path, save_every=10)
+    stop = -1
+    drawn.clear()
+    told.clear()
+    distill.train(Watched(toy()), loader, steps=20, out=tmp_path, save_every=10)
+    assert told == list(range(9, 20))
+    assert drawn == {step: whole[step] for step in range(10, 20)}
+
+
+def test_gradients_are_clipped_to_their_norm(toy, loader):
+    class Watched(distill.Diffusion):
+        def after(self, step):
+            grads = [value.grad for value in self.model.network.parameters()]
+            norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    norms = []
+    for clip in (1e-3, math.inf):
+        distill.train(Watched(toy()), loader, steps=2, clip=clip)
+    assert norms[:2] == pytest.approx([1e-3] * 2, rel=1e-3)
+    assert min(norms[2:]) > 1e-2
+
+
+def test_buffers_go_on_where_they_were(toy, loader, tmp_path):
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = torch.nn.BatchNorm1d(2), toy().network
+
+        def forward(self, x, t, class_labels):
+            return self.inner(self.norm(x), t, class_labels)
+
+    def train(at, out=None):
+        method = Stopping(fs.Denoiser(Normed(), fs.VP.scaled_linear(), "v"))
+        object.__setattr__(method, "at", at)
+        return distill.train(method, loader, steps=12, out=out, save_every=5)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(7, tmp_path)
+    one, other = train(0, tmp_path), train(0)
+    assert same(one, other)
+    assert int(one.network.norm.num_batches_tracked) == 12
+    torch.testing.assert_close(one.network.state_dict(), other.network.state_dict(), rtol=0, atol=0)
+
+
+def test_a_teacher_is_asked_in_eval_mode_and_stays_as_it_was(toy, loader, weights):
+    class Watched(distill.Conversion):
+        def loss(self, role, batch, step):
+            modes.append((self.student.network.training, self.teacher.network.training))
+            return super().loss(role, batch, step)
+
+    modes, student, teacher = [], toy(), toy(seed=1, dropout=0.5)
+    teacher.network.train()
+    before = weights(teacher)
+    distill.train(Watched(student, teacher), loader, steps=2)
+    assert modes == [(True, False)] * 2
+    torch.testing.assert_close(weights(teacher), before, rtol=0, atol=0)
+
+
+def test_every_run_has_the_precision_it_asks_for(toy, loader):
+    from accelerate import Accelerator
+
+    class Watched(distill.Diffusion):
+        def loss(self, role, batch, step):
+            hook = self.model.network.layers[0].register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+            loss = super().loss(role, batch, step)
+            hook.remove()
+            assert loss.dtype == torch.float32
+            return loss
+
+    seen, own = [], Accelerator(mixed_precision="no")
+    for precision in ("bf16", None, "no", "bf16"):
+        model = distill.train(Watched(toy()), loader, steps=1, precision=precision)
+        assert {value.dtype for value in model.network.parameters()} == {torch.float32}
+    assert seen == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert own.mixed_precision == "no"
+
+
+def test_a_run_in_half_precision_goes_on_to_the_same_weights(toy, loader, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(toy, loader, tmp_path, at=7, precision="bf16")
+    assert same(run(toy, loader, tmp_path, precision="bf16"), run(toy, loader, precision="bf16"))
+    with pytest.raises(ValueError, match=r'training\.precision was "bf16", now "no"'):
+        run(toy, loader, tmp_path)
+
+
 def test_a_finished_run_returns_its_average_without_work(toy, loader, tmp_path):
     first = run(toy, loader, tmp_path)
     begin = (tmp_path / "log.jsonl").read_text()
@@ -121,7 +267,8 @@ def test_a_finished_run_returns_its_average_without_work(toy, loader, tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == begin
 
 
-def test_the_average_is_the_mean_that_its_decays_say(toy, loader, weights):
+@pytest.mark.parametrize("ema", [0.3, 0.99])  # reached at the fourth step, or not at all
+def test_the_average_is_the_mean_that_its_decays_say(ema, toy, loader, weights):
     seen = []
 
     class Watched(distill.Diffusion):
@@ -130,9 +277,9 @@ def test_the_average_is_the_mean_that_its_decays_say(toy, loader, weights):
 
     model = toy()
     average = weights(model)
-    distill.train(Watched(model), loader, steps=30, ema=0.6)
+    distill.train(Watched(model), loader, steps=6, ema=ema)
     for step, now in enumerate(seen):
-        decay = min(0.6, (1 + step) / (10 + step))
+        decay = min(ema, (1 + step) / (10 + step))
         average = {key: decay * average[key] + (1 - decay) * now[key] for key in now}
     torch.testing.assert_close(weights(model), average)  # the moving average in float32, the other way round
     assert not model.network.training
@@ -143,6 +290,23 @@ def test_the_rate_warms_up_and_falls(toy, loader, tmp_path):
     rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rates[:5] == pytest.approx([1e-3 * min(1, (k + 1) / 4) * (1 - k / 20) for k in range(5)])
     assert rates[-1] == pytest.approx(1e-3 / 20)
+
+
+def test_the_log_has_means_and_drops_what_is_done_again(tmp_path):
+    def means():
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]["model"]) for line in lines]
+
+    with Log(tmp_path, 0, 2) as log:
+        for step, loss in enumerate([1.0, 3.0, 5.0, 9.0]):
+            log.add(step, {"model": loss}, 0.1)
+    assert means() == [(2, 2.0), (4, 7.0)]
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # by a run that was killed
+    with Log(tmp_path, 4, 2):
+        assert means() == [(2, 2.0), (4, 7.0)]
+    with Log(tmp_path, 2, 2):
+        assert means() == [(2, 2.0)]
 
 
 class Pair(distill.Method):
@@ -189,6 +353,32 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_last_are_kept(toy, loader, tm
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["version"] == 1
     assert manifest["configuration"]["method"]["name"] == "Diffusion"
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_a_checkpoint_may_be_read_by_whom_the_umask_lets(toy, loader, tmp_path):
+    before = os.umask(0o077)
+    try:
+        run(toy, loader, tmp_path / "mine")
+        os.umask(0o022)
+        run(toy, loader, tmp_path / "ours")
+    finally:
+        os.umask(before)
+    modes = {
+        name: {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / name).rglob("*")} for name in ("mine", "ours")
+    }
+    assert modes == {"mine": {0o700, 0o600}, "ours": {0o755, 0o644}}
+
+
+def test_infinite_settings_are_written_as_json_has_them_and_go_on(toy, loader, tmp_path):
+    def convert():
+        method = distill.Conversion(toy(seed=2), toy(seed=1), limit=math.inf)
+        return distill.train(method, loader, steps=2, out=tmp_path, clip=math.inf)
+
+    first = convert()
+    text = (tmp_path / "step-000002" / "manifest.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert same(convert(), first)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +387,7 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_last_are_kept(toy, loader, tm
         ({"lr": 1e-3}, r"training\.lr was 0\.0005, now 0\.001"),
         ({"seed": 3}, r"training\.seed was 0, now 3"),
         ({"steps": 25}, r"steps was 24, now 25"),
-        ({"ema": 0.9, "clip": math.inf}, r'training\.ema was 0\.995, now 0\.9; training\.clip was "1\.0", now "inf"'),
+        ({"ema": 0.9, "clip": math.inf}, r'training\.ema was 0\.995, now 0\.9; training\.clip was 1\.0, now "inf"'),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(change, says, toy, loader, tmp_path):
@@ -212,6 +402,10 @@ def test_a_checkpoint_of_another_method_or_network_or_batch_is_refused(toy, load
         distill.train(distill.Conversion(toy(), toy(seed=1)), loader, steps=24, out=tmp_path)
     with pytest.raises(ValueError, match=r"parameters\.layers\.0\.weight was \[64, 26\], now \[32, 26\]"):
         distill.train(distill.Diffusion(toy(width=32)), loader, steps=24, out=tmp_path)
+    buffered = distill.Diffusion(toy())
+    buffered.model.network.register_buffer("shift", torch.zeros(3))
+    with pytest.raises(ValueError, match=r'buffers\.shift was "absent", now \[3\]'):
+        distill.train(buffered, loader, steps=24, out=tmp_path)
     with pytest.raises(ValueError, match=r"batch\.x0 was \[64, 2\], now \[16, 2\]"):
         run(toy, distill.Batches(ring[0], {"class_labels": ring[1]}, size=16), tmp_path)
 
@@ -222,15 +416,35 @@ def test_a_checkpoint_of_another_teacher_is_refused(toy, loader, tmp_path):
         distill.train(distill.Conversion(toy(), toy(seed=2)), loader, steps=2, out=tmp_path)
 
 
+def test_weights_that_are_not_trained_must_be_those_of_the_run(toy, loader, weights, tmp_path):
+    def partly(seed):
+        model = toy(seed=seed)
+        model.network.embedding.requires_grad_(False)
+        return distill.Diffusion(model)
+
+    first = distill.train(partly(1), loader, steps=2, out=tmp_path)
+    torch.testing.assert_close(first.network.embedding.weight, toy(seed=1).network.embedding.weight, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r'frozen\.model was "Toy \w+", now "Toy \w+"'):
+        distill.train(partly(2), loader, steps=2, out=tmp_path)
+
+
 def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(toy, loader, tmp_path):
     run(toy, loader, tmp_path)
     state = tmp_path / "step-000024" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"state\.safetensors is damaged.*remove that folder"):
+    with pytest.raises(ValueError, match=r"is damaged .*SHA-256 of state\.safetensors is not.*remove that folder"):
         run(toy, loader, tmp_path)
-    (tmp_path / "step-000024" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step-000024 is damaged"):
+    manifest = tmp_path / "step-000024" / "manifest.json"
+    whole = manifest.read_text()
+    for text in ("{", "[]", whole.replace('"scaler"', '"scale"'), whole.replace('"place": [', '"place": [1,')):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=r"step-000024 is damaged"):
+            run(toy, loader, tmp_path)
+    manifest.write_text(whole.replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match=r"fastsample\.checkpoint of version 2; expected fastsample\.checkpoint 1"):
         run(toy, loader, tmp_path)
+    shutil.rmtree(manifest.parent)  # the remedy that it names
+    assert same(run(toy, loader, tmp_path), run(toy, loader))
 
 
 def test_resume_false_does_not_overwrite_a_run(toy, loader, tmp_path):
@@ -265,8 +479,16 @@ def test_wrong_data_are_refused_before_work_starts(toy, ring, tmp_path):
         distill.train(method, [], steps=3)
     with pytest.raises(ValueError, match=r"lie in \[-1, 1\], .* in \[0, 255\]; scale it: x / 127.5 - 1"):
         distill.train(method, [{"x0": torch.tensor([[0.0, 255.0]])}], steps=3)
-    with pytest.raises(ValueError, match=r"lie in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"lies in \[-3, 2\]; scale it: x / 3$"):
+        distill.train(method, [{"x0": torch.tensor([[-3.0, 2.0]])}], steps=3)
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
         distill.train(method, [{"x0": torch.tensor([[math.nan, 0.0]])}], steps=3)
+    with pytest.raises(TypeError, match=r"gives \{'pixels': 'Tensor'\}, not a dictionary of tensors"):
+        distill.train(method, [{"pixels": points}], steps=3)
+    with pytest.raises(TypeError, match=r"gives \{'x0': 'Tensor', 'class_labels': 'list'\}, not"):
+        distill.train(method, [{"x0": points[:2], "class_labels": [0, 1]}], steps=3)
+    with pytest.raises(ValueError, match="size of a batch must be at least 1, got 0"):
+        distill.Batches(points, size=0)
     with pytest.raises(TypeError, match="gives list, not a dictionary"):
         distill.train(method, [[points, points]], steps=3)
     with pytest.raises(TypeError, match="iterated once only"):
@@ -283,6 +505,10 @@ def test_wrong_arguments_are_refused_before_work_starts(toy, loader, tmp_path):
         distill.train(method, loader, steps=0)
     with pytest.raises(ValueError, match="ema = 1"):
         distill.train(method, loader, steps=1, ema=1.0)
+    with pytest.raises(ValueError, match="warmup must be at least 0, got -1"):
+        distill.train(method, loader, steps=1, warmup=-1)
+    with pytest.raises(ValueError, match=r"updates is a share above 0.*got 0"):
+        distill.distill_digits(toy(), tmp_path, updates=0)
     with pytest.raises(TypeError, match="of type function; only a torch"):
         distill.train(distill.Diffusion(fs.Denoiser(lambda x, t: x, fs.VP.linear())), loader, steps=1)
     (tmp_path / "file").write_text("")
