@@ -47,7 +47,11 @@ def _finite(node: Any) -> Any:
 
 @dataclass
 class Count:
-    """What a run really cost: calls of the network, and rows of a batch summed over them."""
+    """What a run really cost: calls of the network, and rows of a batch summed over them.
+
+    A run that is compiled as a whole is not counted: the numbers would be constants of its graph, which torch.compile
+    would then make anew for every run. A model whose network alone is compiled counts.
+    """
 
     calls: int = 0
     rows: int = 0
@@ -87,6 +91,11 @@ class Denoiser:
         self.count = Count()
 
     def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
+        """x0 at x [B, ...] and node, in the dtype of x; condition: handed to the network.
+
+        Raises ValueError where an eps network is asked at a `Node` of alpha = 0. `Nodes` are not looked at, which
+        would wait for the device: there that sample is NaN.
+        """
         u, w = self._pair(node)
         output = self.output(x, node, **condition)
         if isinstance(node, Nodes):
@@ -98,8 +107,9 @@ class Denoiser:
         """What the network itself says at x and node, in the dtype of x."""
         seen = x if self.dtype is None or self.dtype == x.dtype else x.to(self.dtype)
         t = _rows(self.time(self.schedule, node), seen)
-        self.count.calls += 1
-        self.count.rows += x.shape[0]
+        if not torch.compiler.is_compiling():
+            self.count.calls += 1
+            self.count.rows += x.shape[0]
         output = self.network(seen, t, **condition)
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -134,7 +144,9 @@ def _rows(time: float | Tensor, seen: Tensor) -> Tensor:
     """The time of every sample; half precision would round 999 to 1000."""
     dtype = torch.float64 if seen.dtype == torch.float64 else torch.float32
     if isinstance(time, Tensor):
-        return time.to(seen.device, dtype)
+        if time.numel() not in (1, len(seen)):
+            raise ValueError(f"{time.numel()} times for a batch of {len(seen)}; give one for each sample")
+        return time.to(seen.device, dtype).expand(len(seen))
     return torch.full((seen.shape[0],), time, device=seen.device, dtype=dtype)
 
 

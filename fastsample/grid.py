@@ -79,6 +79,9 @@ def node(schedule: Schedule, t: float) -> Node:
 
 def nodes(schedule: Schedule, t: torch.Tensor) -> Nodes:
     """The nodes of a schedule at times t, [B]: a model asked at them gives each sample its own time."""
+    if not isinstance(t, torch.Tensor) or t.dim() != 1:
+        got = f"shape {tuple(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
+        raise ValueError(f"times must be a tensor [B], one for each sample, got {got}; for one time use fs.node")
     return Nodes(t.double(), schedule.alpha(t), schedule.sigma(t))
 
 

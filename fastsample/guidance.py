@@ -54,6 +54,8 @@ class Guided:
             )
         if self.interval is not None and not self.interval[0] <= self.interval[1]:
             raise ValueError(f"interval is (low, high) in lam, got {self.interval}: it would never guide")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale:g}; 1 is no guidance")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale is a share from 0 to 1, got {self.rescale:g}")
 
@@ -76,6 +78,7 @@ class Guided:
     def _both(
         self, x: Tensor, node: Node | Nodes, cond: Mapping[str, Any], uncond: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        uncond = {key: _like(cond.get(key), value) for key, value in uncond.items()}
         if not self.batched:
             return self.model.predict(x, node, **cond), self.model.predict(x, node, **uncond)
         if cond.keys() != uncond.keys():
@@ -110,10 +113,14 @@ def _twice(node: Node | Nodes) -> Node | Nodes:
     return Nodes(*(torch.cat([number, number]) for number in (node.t, node.alpha, node.sigma)))
 
 
+def _like(cond: Any, uncond: Any) -> Any:
+    """A number as a tensor that says it of every sample, where cond is one."""
+    number = isinstance(cond, Tensor) and isinstance(uncond, bool | int | float)
+    return torch.full_like(cond, uncond) if number else uncond
+
+
 def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
     """The condition of the doubled batch; nested ones, such as SDXL's added_cond_kwargs, tensor by tensor."""
-    if isinstance(cond, Tensor) and isinstance(uncond, bool | int | float):
-        uncond = torch.full_like(cond, uncond)
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if len(cond) != batch or len(uncond) != batch:
             raise ValueError(

@@ -62,4 +62,6 @@ def noise(
     wrong = [seed for seed in seeds if not 0 <= seed < 2**32]
     if wrong:  # torch's CPU generator keeps the low 32 bits: others would repeat a sample in silence
         raise ValueError(f"seeds must be whole numbers from 0 to 2**32 - 1, got {wrong[0]}")
-    return Noise(tuple(int(size) for size in shape), seeds, torch.device(device), dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"noise needs a floating-point dtype, got {dtype}")
+    return Noise(tuple(index(size) for size in shape), seeds, torch.device(device), dtype)

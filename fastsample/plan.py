@@ -78,6 +78,9 @@ class Plan:
 
     def check(self) -> None:
         """Raise ValueError where the table cannot be run."""
+        texts = (self.solver, self.schedule, self.spacing, self.remembers)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"solver, schedule, spacing and remembers of a plan must be text, got {texts}")
         if not self.rows:
             raise ValueError("the plan has no rows: it would evaluate nothing")
         ends = [number for node in (self.start, self.end) for number in (node.t, node.alpha, node.sigma)]
@@ -148,10 +151,11 @@ def trace(solver: Solver, grid: Grid, **options: Any) -> Plan:
 
     options: the solver's own keywords, such as eta=0.5.
     Raises ValueError where the solver is not a fixed sum of states, noises and predictions: use `solve` there.
+    TypeError where it is no function, or the grid no `Grid`.
 
     What is remembered of an evaluation, x0 or eps, is chosen so that the fewest need to be kept.
     """
-    name = getattr(solver, "__name__", type(solver).__name__)
+    name = name_of(solver, grid)
     plans, reasons = [], []
     for memory in (X0, EPS):
         try:
@@ -167,6 +171,18 @@ def trace(solver: Solver, grid: Grid, **options: Any) -> Plan:
     plan = min(plans, key=lambda plan: plan.memory)
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
     return replace(plan, solver=f"{name}({shown})" if shown else name)
+
+
+def name_of(solver: Solver, grid: Grid) -> str:
+    """The name of a solver. Raises TypeError where these two are not a solver and a grid."""
+    if not callable(solver):
+        raise TypeError(
+            f"a solver is a function such as fastsample.solvers.dpmpp_2m (solvers.get finds one by its name), got "
+            f"{solver!r:.80}"
+        )
+    if not isinstance(grid, Grid):
+        raise TypeError(f"a solver runs on fs.grid(schedule, steps), got {type(grid).__name__}")
+    return getattr(solver, "__name__", type(solver).__name__)
 
 
 def _read(tape: Tape, solver: Solver, grid: Grid, options: dict[str, Any]) -> Plan:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .denoiser import Model
 from .grid import Grid, Node
 from .noise import Noise
-from .plan import Plan, Solver
+from .plan import Plan, Solver, name_of
 from .progress import track
 from .schedule import Schedule
 from .step import plan_step
@@ -70,8 +70,12 @@ def sample(
     progress: show a bar; None: only once the run has lasted some seconds, on a terminal.
     Raises ValueError where model and plan do not fit, FloatingPointError where the network returns NaN or infinity.
 
-    The state is float32 (float64 where the noise is), and the loop never waits for the device.
+    The state is float32 (float64 where the noise is), and the loop never waits for the device. torch.compile makes one
+    graph of a run whose noise is a tensor; noise drawn by seed it cannot follow.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must come from fs.trace(solver, grid) or fs.Plan.load, got {type(plan).__name__}")
+    _check_model(model)
     _check_fit(model, plan)
     draw = _source(noise, stochastic=plan.stochastic, name=plan.solver)
     start, condition = _start(draw(0), init, plan.start), condition or {}
@@ -127,7 +131,8 @@ def solve(
 
     Arguments and errors as for `sample`; options: the solver's own keywords.
     """
-    name = getattr(solver, "__name__", type(solver).__name__)
+    _check_model(model)
+    name = name_of(solver, grid)
     draw = _source(noise, stochastic=False, name=name)
     start, condition = _start(draw(0), init, grid.nodes[0]), condition or {}
     x = solver(_Direct(model, draw, condition, name), start, grid, **options)
@@ -208,6 +213,14 @@ def _source(noise: Noise | Tensor, *, stochastic: bool, name: str) -> Callable[[
         return z if z.dtype == torch.float64 else z.float()
 
     return draw
+
+
+def _check_model(model: Model) -> None:
+    if not (hasattr(model, "predict") and hasattr(model, "schedule")):
+        raise TypeError(
+            f"a model has a `schedule` and `predict(x, node)`, {type(model).__name__} has not; wrap a network: "
+            f"fs.Denoiser(network, schedule, predicts=...)"
+        )
 
 
 def _check_fit(model: Model, plan: Plan) -> None:

@@ -7,6 +7,7 @@ sampling loop asks at every step, return a number for a number. Time runs from `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,8 +77,9 @@ def _log_alpha_at(lam: Times) -> Tensor:
 class VP(VariancePreserving):
     """Variance preserving, from a table of betas; t is the index 0 .. len(betas) - 1.
 
-    Between indices log(alpha) is interpolated linearly (Lu et al. 2022, arXiv:2206.00927, Appendix D.4), and
-    alpha itself where log(alpha) falls to -inf (zero terminal SNR). t = -1 is the clean end, sigma = 0.
+    Between indices log(alpha) is interpolated linearly, as in the code of DPM-Solver (Lu et al. 2022,
+    arXiv:2206.00927), and alpha itself where log(alpha) falls to -inf (zero terminal SNR). t = -1 is the clean end,
+    sigma = 0.
     Ho et al. 2020, arXiv:2006.11239, Eq. 4.
     """
 
@@ -169,8 +171,9 @@ class VPContinuous(VariancePreserving):
     default_time = "unit"
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min < self.beta_max:
-            raise ValueError(f"need 0 < beta_min < beta_max, got {self.beta_min:g} and {self.beta_max:g}")
+        if not 0 < self.beta_min < self.beta_max < math.inf:
+            raise ValueError(f"need 0 < beta_min < beta_max, both finite, got {self.beta_min:g} and {self.beta_max:g}")
+        _check_range(self.t_min, self.t_max)
 
     def log_alpha(self, t: Times) -> Tensor:
         t = _float64(t)
@@ -197,8 +200,10 @@ class EDM(Schedule):
     default_time = "sigma"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min:g} and {self.sigma_max:g}")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max, both finite, got {self.sigma_min:g} and {self.sigma_max:g}"
+            )
 
     @property
     def t_min(self) -> float:  # type: ignore[override]
@@ -231,8 +236,9 @@ class Flow(Schedule):
     default_time = "unit"
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"the shift of a flow must be positive, got {self.shift:g}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"the shift of a flow must be positive and finite, got {self.shift:g}")
+        _check_range(self.t_min, self.t_max)
 
     def alpha(self, t: Times) -> Tensor:
         t = _float64(t)
@@ -250,6 +256,11 @@ class Flow(Schedule):
     def unit(self, t: T) -> T:  # these networks are told sigma
         t = _exact(t)
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+def _check_range(t_min: float, t_max: float) -> None:
+    if not 0 < t_min < t_max <= 1:
+        raise ValueError(f"need 0 < t_min < t_max <= 1, got {t_min:g} and {t_max:g}")
 
 
 def _float64(t: Times | Sequence[float]) -> Tensor:

@@ -15,7 +15,13 @@ def moments(h: float, count: int) -> list[float]:
     u is the place in a step of size h in lam. The i-th is i! phi_{i+1}(-h) / phi_1(-h) with the phi functions of
     Hochbruck and Ostermann 2010, Acta Numerica 19, Sec. 2; integration by parts gives each from the one before.
     """
+    total = -1 / math.expm1(-h)
+    if h < 1:  # upwards, each mean would lose the digits of 1 / h; downwards, an error shrinks by h / i
+        means = [0.0]
+        for i in range(count + 16, 1, -1):
+            means.append((total - means[-1]) * h / i)
+        return means[: -count - 1 : -1]
     means = [1.0]
     for i in range(1, count + 1):
-        means.append(-1 / math.expm1(-h) - i / h * means[-1])
+        means.append(total - i / h * means[-1])
     return means[1:]

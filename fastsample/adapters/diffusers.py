@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,11 @@ def from_diffusers(network: Any, scheduler: Any) -> Denoiser:
     scheduler: any diffusers scheduler (or its `config`): betas, prediction type and spacing are read from it. Its
         `clip_sample` and `thresholding` are not: wrap the model in `fs.Thresholded` for those.
 
-    The spacing is `model.spacing`: `fs.grid(model.schedule, steps, spacing=model.spacing, round_to_index=True)`.
+    The spacing is `model.spacing`: `fs.grid(model.schedule, steps, spacing=model.spacing, round_to_index=True)`. It is
+    that of diffusers' DDIM; its multistep schedulers place "leading" and "linspace" a little lower, and theirs are
+    `fs.at_times(scheduler.timesteps.tolist())`.
+
+    Raises ValueError for a network or a configuration that this cannot read.
     """
     whole = getattr(network, "_orig_mod", network)  # torch.compile hides the signature
     names = list(inspect.signature(getattr(whole, "forward", whole)).parameters)
@@ -33,7 +38,10 @@ def from_diffusers(network: Any, scheduler: Any) -> Denoiser:
             f"{type(network).__name__}.forward takes ({', '.join(names[:3])}, ...), but from_diffusers passes "
             f"(x, timestep, **condition); wrap it yourself: fs.Denoiser(lambda x, t, **c: ..., schedule, predicts=...)"
         )
-    config = dict(getattr(scheduler, "config", scheduler))
+    config = getattr(scheduler, "config", scheduler)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"scheduler must be a diffusers scheduler or its config, got {type(scheduler).__name__}")
+    config = dict(config)
     schedule = schedule_of(config)
     default = "flow_prediction" if isinstance(schedule, Flow) else "epsilon"
     predicts = config.get("prediction_type", default)
@@ -70,11 +78,11 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
     if "num_train_timesteps" not in config:
         raise ValueError(f"the scheduler's configuration lacks num_train_timesteps; it has {', '.join(sorted(config))}")
     if config.get("use_flow_sigmas"):
-        return Flow(shift=float(config.get("flow_shift", 1.0)))
+        return _flow(config, "flow_shift")
     if "beta_start" not in config:
         if "shift" not in config or config.get("use_dynamic_shifting"):
             raise ValueError("neither betas nor a fixed shift in the scheduler's configuration; make an fs.Denoiser")
-        return Flow(shift=float(config["shift"]))
+        return _flow(config, "shift")
     steps, start, end = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
     name = config.get("beta_schedule", "linear")
     made = {
@@ -90,6 +98,16 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
     else:
         raise ValueError(f"beta_schedule {name!r} of the scheduler is not one of {', '.join(made)}")
     return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+
+def _flow(config: dict[str, Any], shift: str) -> Flow:
+    if config["num_train_timesteps"] != 1000 or config.get("invert_sigmas"):
+        raise ValueError(
+            f"flow networks are told 1000 sigma, but num_train_timesteps is {config['num_train_timesteps']} and "
+            f"invert_sigmas {config.get('invert_sigmas', False)} in the scheduler's configuration; make an fs.Denoiser "
+            f"with a `time=` of your own"
+        )
+    return Flow(shift=float(config.get(shift, 1.0)))
 
 
 def spacing_of(config: dict[str, Any]) -> Spacing:

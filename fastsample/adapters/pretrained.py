@@ -30,20 +30,25 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
 
     The manifest is written last: a folder without a matching one was not finished, and is refused when loaded.
     """
-    network = model.network
-    if not isinstance(network, Sampled) or not hasattr(network.network, "save_pretrained"):
+    network: Any = getattr(model.network, "network", None)
+    network = getattr(network, "_orig_mod", network)  # what torch.compile was given
+    if not isinstance(model.network, Sampled) or not hasattr(network, "save_pretrained"):
         raise ValueError(
-            f"save_pretrained needs a diffusers network wrapped by fs.from_diffusers, got {type(network).__name__}; "
-            f"save other networks with safetensors"
+            f"save_pretrained needs a diffusers network wrapped by fs.from_diffusers, got "
+            f"{type(model.network).__name__}; save other networks with safetensors"
         )
     names = [name for name, time in TIMES.items() if time is model.time]
     if not names:
         raise ValueError(
             f"the model's time is a function of your own, which cannot be saved; use one of {', '.join(TIMES)}"
         )
+    if type(model.schedule) not in SCHEDULES.values():
+        raise ValueError(
+            f"{model.schedule!r} is a schedule of your own, which cannot be saved; use one of {', '.join(SCHEDULES)}"
+        )
     target = make_folder(folder)
     with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as temporary:
-        network.network.save_pretrained(temporary, safe_serialization=True)
+        network.save_pretrained(temporary, safe_serialization=True)
         files = sorted(path.name for path in Path(temporary).iterdir())
         hashes = {name: sha256(Path(temporary) / name) for name in files}
         (target / MANIFEST).unlink(missing_ok=True)
@@ -53,7 +58,7 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
     manifest = {
         "format": "fastsample.model",
         "version": VERSION,
-        "network": type(network.network).__name__,
+        "network": type(network).__name__,
         "predicts": model.prediction.name,
         "time": names[0],
         "schedule": {"type": type(model.schedule).__name__, **asdict(model.schedule)},  # type: ignore[call-overload]
@@ -77,13 +82,12 @@ def from_pretrained(folder: str | Path) -> Denoiser:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != "fastsample.model" or manifest["version"] != VERSION:
-            raise ValueError(
-                f"{path} is {manifest['format']} version {manifest['version']}; expected fastsample.model {VERSION}"
-            )
+            raise ValueError(f"it says format {manifest['format']}, version {manifest['version']}; expected {VERSION}")
         settings = {**manifest["schedule"]}
         schedule = SCHEDULES[settings.pop("type")](**settings)
-        name, predicts, time, hashes = (manifest[key] for key in ("network", "predicts", "time", "sha256"))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        name, predicts, time = (str(manifest[key]) for key in ("network", "predicts", "time"))
+        hashes = dict(manifest["sha256"].items())
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no model manifest: {error!r}") from error
     for file, expected in hashes.items():
         found = sha256(folder / file) if (folder / file).is_file() else "no such file"

@@ -66,8 +66,13 @@ def test_an_unfinished_folder_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"format": "x"}', '{"format": "fastsample.model", "version": 99}'], ids=repr
-)
+    "text",
+    [
+        "", "[]", "{", '{"format": "x"}', '{"format": "fastsample.model", "version": 99}',
+        "[" * 100_000, '{"format": "fastsample.model", "version": ' + "1" * 6000 + "}",
+    ],
+    ids=lambda text: repr(text[:60]),
+)  # fmt: skip
 def test_a_damaged_manifest_is_refused(model, tmp_path, text):
     fs.save_pretrained(model, tmp_path)
     (tmp_path / "fastsample.json").write_text(text)
@@ -81,6 +86,42 @@ def test_a_class_that_is_no_network_is_refused(model, tmp_path):
     (tmp_path / "fastsample.json").write_text(json.dumps({**manifest, "network": "DDPMScheduler"}))
     with pytest.raises(ValueError, match="has no network 'DDPMScheduler'"):
         fs.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sha256": ["a"]},
+        {"sha256": None},
+        {"schedule": {"type": "VP", "betas": "wrong"}},
+        {"schedule": {"type": "VP", "betas": [0.1, 2.0]}},
+        {"schedule": {"type": "VP", "betas": [0.1, 10**400]}},
+        {"schedule": {"type": "EDM", "sigma_min": "wrong"}},
+        {"schedule": {"type": ["VP"]}},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_wrong_values_is_refused_by_its_name(model, tmp_path, changes):
+    fs.save_pretrained(model, tmp_path)
+    manifest = json.loads((tmp_path / "fastsample.json").read_text())
+    (tmp_path / "fastsample.json").write_text(json.dumps({**manifest, **changes}))
+    with pytest.raises(ValueError, match=r"fastsample\.json is damaged"):
+        fs.from_pretrained(tmp_path)
+
+
+def test_a_compiled_network_is_saved_as_the_one_it_was_made_of(model, tmp_path):
+    inner = torch.compile(model.network.network, backend="eager")
+    fs.save_pretrained(fs.from_diffusers(inner, diffusers.DDPMScheduler()), tmp_path)
+    assert type(fs.from_pretrained(tmp_path).network.network) is diffusers.UNet2DModel
+
+
+def test_a_schedule_of_ones_own_cannot_be_saved(model, tmp_path):
+    class Mine(fs.VPContinuous):
+        pass
+
+    with pytest.raises(ValueError, match="schedule of your own, which cannot be saved"):
+        fs.save_pretrained(fs.Denoiser(model.network, Mine(), "v"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_plain_network_or_a_time_of_ones_own_cannot_be_saved(model, tmp_path):

@@ -120,6 +120,18 @@ def test_gradients_reach_the_network_from_samples_at_their_own_times(predicts):
     assert network.weight.grad.abs().sum() > 0
 
 
+def test_a_number_of_times_that_is_not_the_batch_is_refused():
+    with pytest.raises(ValueError, match="3 times for a batch of 2; give one for each sample"):
+        fs.Denoiser(Shift(), VP).predict(torch.ones(2, 3), fs.nodes(VP, torch.ones(3)))
+
+
+@pytest.mark.parametrize("moment", [torch.tensor(0.5), torch.tensor([0.5])], ids=str)
+def test_a_time_that_is_a_tensor_is_told_to_every_sample(moment):
+    network = Says(torch.zeros(3, 2))
+    fs.Denoiser(network, VP, time=lambda schedule, node: moment).predict(torch.zeros(3, 2), fs.node(VP, 9.0))
+    assert torch.equal(network.calls[0][1], torch.full((3,), 0.5))
+
+
 @pytest.mark.parametrize("time", ["sigma", "log_sigma"])
 def test_a_time_that_is_infinite_is_refused(time):
     with pytest.raises(ValueError, match="infinite at t = 1; start below it"):
@@ -167,9 +179,10 @@ def test_calls_and_rows_are_counted():
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_a_network_in_half_precision_sees_half_x_and_a_whole_time(half):
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_a_network_in_half_precision_sees_half_x_and_a_whole_time(half, predicts):
     network = Says(lambda x: x / 2, dtype=half)
-    x0 = fs.Denoiser(network, VP).predict(torch.ones(2, 3), fs.node(VP, 999.0))
+    x0 = fs.Denoiser(network, VP, predicts).predict(torch.ones(2, 3), fs.node(VP, 999.0))
     ((x, t, _),) = network.calls
     assert (x.dtype, t.dtype, x0.dtype) == (half, torch.float32, torch.float32)
     assert t.tolist() == [999, 999]  # bfloat16 has 1000

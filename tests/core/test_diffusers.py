@@ -166,6 +166,8 @@ def test_networks_with_another_signature_are_refused(network):
         ({}, "lacks num_train_timesteps"),
         ({"num_train_timesteps": 1000}, "neither betas nor a fixed shift"),
         ({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}, "fixed shift"),
+        ({"num_train_timesteps": 500, "shift": 3.0}, "told 1000 sigma, but num_train_timesteps is 500"),
+        ({"num_train_timesteps": 1000, "shift": 3.0, "invert_sigmas": True}, "invert_sigmas True"),
         ({**diffusers.DDPMScheduler().config, "beta_schedule": "wave"}, "beta_schedule 'wave'"),
         ({**diffusers.DDPMScheduler().config, "prediction_type": "score"}, "prediction_type 'score'"),
         ({**diffusers.DDPMScheduler().config, "timestep_spacing": "odd"}, "timestep_spacing 'odd'"),
@@ -174,3 +176,8 @@ def test_networks_with_another_signature_are_refused(network):
 def test_configurations_that_cannot_be_read_are_refused(unet, config, says):
     with pytest.raises(ValueError, match=says):
         fs.from_diffusers(unet, config)
+
+
+def test_what_is_no_scheduler_is_refused(unet):
+    with pytest.raises(TypeError, match="diffusers scheduler or its config, got NoneType"):
+        fs.from_diffusers(unet, None)

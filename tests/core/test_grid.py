@@ -132,6 +132,7 @@ def test_rounding_gives_trained_indices():
     given = times(fs.grid(VP, 8, fs.uniform_lam, round_to_index=True))
     assert all(t == int(t) for t in given)
     assert given[0] == 999
+    assert times(fs.grid(VP, 3, fs.at_times([998.6, 500.4, 20.7]), round_to_index=True)) == [999, 500, 21, -1]
 
 
 def test_a_whole_number_of_steps_may_come_from_numpy():
@@ -153,6 +154,21 @@ def test_a_node_knows_its_lam_at_both_ends():
     assert fs.node(schedule, -1).lam == math.inf
     middle = fs.grid(VP, 2).node(0.5)
     assert middle.lam == pytest.approx(0.5, abs=1e-14)
+
+
+@pytest.mark.parametrize("t", [torch.tensor(3.0), torch.ones(2, 1), [1.0, 2.0], 3.0], ids=str)
+def test_times_of_many_samples_that_are_no_vector_are_refused(t):
+    with pytest.raises(ValueError, match=r"times must be a tensor \[B\].*for one time use fs\.node"):
+        fs.nodes(VP, t)
+
+
+@pytest.mark.parametrize("schedule", REGULAR.values(), ids=REGULAR.keys())
+def test_many_nodes_are_the_single_ones(schedule):
+    t = torch.linspace(schedule.t_zero, schedule.t_max, 7)  # float32, as a network's times often are
+    many, single = fs.nodes(schedule, t), [fs.node(schedule, float(moment)) for moment in t]
+    for name in ("t", "alpha", "sigma", "lam"):
+        one = torch.tensor([getattr(node, name) for node in single], dtype=torch.float64)
+        torch.testing.assert_close(getattr(many, name), one, rtol=1e-12, atol=1e-14)
 
 
 def test_spacings_that_need_no_lam_start_at_zero_terminal_snr():

@@ -66,16 +66,19 @@ def test_any_scale_extrapolates(scale):
 @pytest.mark.parametrize("batched", [True, False])
 def test_conditions_given_to_sample_are_guided_batch_by_batch(batched):
     later = fs.Guided(model(), uncond={"label": 0.0}, scale=5.0, batched=batched)
-    if batched:
-        torch.testing.assert_close(later.predict(X, NODE, **COND), guided(scale=5.0).predict(X, NODE))
-        with pytest.raises(ValueError, match=r"lack \['label'\]; pass fs\.sample"):
-            later.predict(X, NODE)
-    else:
-        later = fs.Guided(model(), uncond=UNCOND, scale=5.0, batched=False)
-        torch.testing.assert_close(later.predict(X, NODE, **COND), guided(scale=5.0).predict(X, NODE))
+    torch.testing.assert_close(later.predict(X, NODE, **COND), guided(scale=5.0).predict(X, NODE))
 
 
-@pytest.mark.parametrize("options", [{}, {"rescale": 0.7}, {"interval": (-1.0, 1.0)}, {"batched": False}], ids=str)
+def test_a_condition_that_never_came_is_asked_for():
+    with pytest.raises(ValueError, match=r"lack \['label'\]; pass fs\.sample"):
+        fs.Guided(model(), uncond={"label": 0.0}, scale=5.0).predict(X, NODE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rescale": 0.7}, {"interval": (-1.0, 1.0)}, {"interval": (-4.0, -1.0)}, {"batched": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("predicts", ["eps", "v"])
 def test_samples_at_their_own_times_are_guided_each_as_alone(options, predicts):
     t = torch.tensor([200.0, 700.0], dtype=torch.float64)
@@ -139,6 +142,7 @@ def test_shared_conditions_are_doubled_and_nested_ones_too():
         (TypeError, lambda: fs.Guided(model(), torch.ones(2), UNCOND, scale=2.0), "cond must map .* got Tensor"),
         (TypeError, lambda: fs.Guided(model(), COND, None, scale=2.0), "uncond must map"),
         (ValueError, lambda: fs.Guided(model(), COND, {}, scale=2.0), r"\['label'\] and uncond \[\]"),
+        (ValueError, lambda: guided(scale=float("nan")), "scale must be a finite number, got nan"),
         (ValueError, lambda: guided(scale=2.0, rescale=1.5), "0 to 1, got 1.5"),
         (ValueError, lambda: guided(scale=2.0, interval=(2.0, 1.0)), r"\(low, high\).*never guide"),
         (ValueError, lambda: guided(scale=2.0).predict(X[:1], NODE), "2 and 2 rows for a batch of 1"),

@@ -76,6 +76,10 @@ def test_noise_without_seeds_or_with_fractions_is_refused():
         fs.noise((2,), seeds=[])
     with pytest.raises(TypeError, match="float"):
         fs.noise((2,), seeds=[1.5])
+    with pytest.raises(TypeError, match="float"):
+        fs.noise((2.5,), seeds=[1])
+    with pytest.raises(ValueError, match=r"floating-point dtype, got torch\.int32"):
+        fs.noise((2,), seeds=[1], dtype=torch.int32)
 
 
 @pytest.mark.gpu

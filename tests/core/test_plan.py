@@ -234,6 +234,20 @@ def test_a_solver_that_is_no_plan_is_refused_by_its_name(solver, says):
     assert solver.__name__ in str(caught.value) or solver is predicts_at_the_end
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("ddim", GRID), r"function such as fastsample\.solvers\.dpmpp_2m .*got 'ddim'"),
+        ((ddim, VP), r"runs on fs\.grid\(schedule, steps\), got VP"),
+    ],
+)
+def test_what_is_no_solver_or_no_grid_is_refused(given, says):
+    with pytest.raises(TypeError, match=says):
+        fs.trace(*given)
+    with pytest.raises(TypeError, match=says):
+        fs.solve(fs.Denoiser(Toy(), VP), *given, torch.ones(2, 3))
+
+
 def test_faults_of_the_solver_itself_pass_through():
     def faulty(model, x, grid):
         return grid.nothing
@@ -299,10 +313,15 @@ ROW = json.loads(json.dumps(saved()["plan"]["rows"][0]))
         (sealed(rows=[{**ROW, "b": [1.0, 1.0]}]), "more than there are yet"),
         (sealed(rows=[{**ROW, "a": 10**400}]), "damaged"),
         (sealed(rows=[{**ROW, "node": {"t": 1.0, "alpha": 1.0, "sigma": 0.0}}]), "sigma must be positive"),
+        (sealed(rows=[{**ROW, "node": {"t": 1.0, "alpha": -0.1, "sigma": 1.0}}]), "alpha = -0.1"),
         (sealed(entry=[1.0]), "entry"),
         (sealed(entry=[1.0, math.nan]), "not finite"),
         (sealed(start={"t": 1.0, "alpha": math.inf, "sigma": 1.0}), "not finite"),
         (sealed(surprise=1), "surprise"),
+        (sealed(solver=None), "must be text"),
+        (sealed(spacing=[1]), "must be text"),
+        ('{"format": "fastsample.plan", "version": ' + "1" * 6000 + "}", "damaged"),
+        ('{"format": "fastsample.plan", "version": 1, "plan": ' + "[" * 50_000 + "]" * 50_000 + "}", "recursion"),
     ],
 )
 def test_a_file_that_is_no_sound_plan_is_refused_by_its_name(content, says, tmp_path):

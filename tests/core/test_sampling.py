@@ -1,9 +1,11 @@
 """The one loop: equal to the direct run of every solver, in any batch, and never waiting for the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsample as fs
@@ -121,6 +123,35 @@ def test_a_tensor_of_noise_equals_the_seeds_it_was_drawn_from():
     assert torch.equal(fs.sample(model(), plan_of(ddim), seeded()), fs.sample(model(), plan_of(ddim), seeded().draw(0)))
 
 
+@EVERY
+def test_nothing_is_kept_between_runs_shapes_and_models(solver):
+    plan = plan_of(solver)
+    noise = seeded()
+    first = fs.sample(model(), plan, noise)
+    fs.sample(fs.Denoiser(Toy(), VP, "v"), plan, fs.noise((7,), seeds=range(2)))
+    assert torch.equal(fs.sample(model(), plan, noise), first)
+
+
+def test_a_run_inside_a_run_disturbs_neither():
+    plan, alone = plan_of(two_step), fs.sample(model(), plan_of(two_step), TENSOR)
+    inside = []
+    inner = model()
+    outer = fs.sample(
+        inner, plan, TENSOR, callback=lambda k, x, x0: inside.append(fs.sample(inner, plan, TENSOR))
+    )  # fmt: skip
+    assert torch.equal(outer, alone)
+    assert all(torch.equal(run, alone) for run in inside)
+
+
+def test_runs_in_threads_are_those_alone():
+    plan, inner = plan_of(renoise), model()
+    noises = [fs.noise(SHAPE, seeds=[seed, seed + 100]) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda noise: fs.sample(inner, plan, noise), noises))
+    for noise, ours in zip(noises, together):
+        assert torch.equal(ours, fs.sample(model(), plan, noise))
+
+
 def test_nothing_given_is_changed():
     noise, init = TENSOR.clone(), torch.ones_like(TENSOR)
     fs.sample(model(), plan_of(two_step), noise, init=init)
@@ -162,6 +193,10 @@ def test_a_network_may_write_into_one_buffer_every_time():
         (ValueError, lambda: fs.sample(model(), plan_of(renoise), TENSOR), "renoise adds noise at its steps: pass"),
         (ValueError, lambda: fs.sample(model(), plan_of(late_noise), TENSOR), "late_noise adds noise"),
         (ValueError, lambda: fs.solve(model(), renoise, grid_of(renoise), TENSOR), "renoise adds noise"),
+        (TypeError, lambda: fs.sample(model(), ddim, TENSOR), r"plan must come from fs\.trace.* got function"),
+        (TypeError, lambda: fs.sample(model(), TENSOR, plan_of(ddim)), "plan must come from .* got Tensor"),
+        (TypeError, lambda: fs.sample(Toy(), plan_of(ddim), TENSOR), r"Toy has not; wrap a network: fs\.Denoiser"),
+        (TypeError, lambda: fs.solve(Toy(), ddim, grid_of(ddim), TENSOR), "Toy has not; wrap a network"),
         (TypeError, lambda: fs.sample(model(), plan_of(ddim), 3), "got int"),
         (TypeError, lambda: fs.sample(model(), plan_of(ddim), (1, 8)), "got tuple"),
         (ValueError, lambda: fs.sample(model(), plan_of(ddim), torch.tensor(1.0)), "one entry for each sample"),
@@ -169,6 +204,7 @@ def test_a_network_may_write_into_one_buffer_every_time():
          r"init has shape \(1, 3, 5\), the noise \(4, 3, 5\)"),
         (ValueError, lambda: fs.sample(model(fs.VP.linear()), plan_of(ddim), TENSOR),
          r"made for VP\(1000 betas, 0.00085 .. 0.012\) and does not fit this model's VP\(1000 betas, 0.0001 .. 0.02\)"),
+        (ValueError, lambda: fs.sample(model(fs.VP.scaled_linear(end=0.01201)), plan_of(ddim), TENSOR), "not fit"),
         (ValueError, lambda: fs.sample(model(fs.EDM()), plan_of(ddim), TENSOR), "does not fit"),
         (ValueError, lambda: fs.sample(model(fs.Flow()), plan_of(ddim), TENSOR), "does not fit"),
     ],
@@ -308,6 +344,29 @@ def test_the_whole_loop_compiles_to_one_graph(solver):
         torch.testing.assert_close(whole(noise), fs.sample(inner, plan, noise))
 
 
+def test_a_compiled_run_is_compiled_once():
+    """A count of the network's calls that the graph read would be another constant in every run."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    inner, plan = fs.Denoiser(Mixing(), VP), plan_of(ddim)
+    whole = torch.compile(lambda noise: fs.sample(inner, plan, noise), fullgraph=True, backend=counter)
+    for k in range(10):
+        whole(TENSOR + k)
+    assert counter.frame_count == 1
+
+
+def test_a_guided_and_thresholded_run_compiles_to_one_graph():
+    torch._dynamo.reset()
+
+    def network(x, t, c):
+        return 0.5 * x.tanh() + c[:, None, None]
+
+    inner = fs.Guided(fs.Denoiser(network, VP), {"c": torch.ones(4)}, {"c": 0.0}, scale=2.0, rescale=0.5)
+    inner, plan = fs.Thresholded(inner, dynamic=0.9), plan_of(two_step)
+    whole = torch.compile(lambda noise: fs.sample(inner, plan, noise), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(TENSOR), fs.sample(inner, plan, TENSOR))
+
+
 class Recorder(TorchDispatchMode):
     """The names of the operations that reach the device between the first and the last call of the network."""
 
@@ -399,15 +458,18 @@ def test_a_plan_keeps_no_more_states_than_it_needs(monkeypatch):
     held = []
 
     def watched(x, x0, memory, noises, row):
-        held.append((len(memory), len(row.b)))
+        held.append((len(memory), len(row.b), len(noises)))
         return fs.step.plan_step(x, x0, memory, noises, row)
 
     monkeypatch.setattr(sampling, "plan_step", watched)
     fs.sample(model(), plan_of(ddim), TENSOR)
-    assert {memory for memory, _ in held} == {0}
+    assert {memory for memory, _, _ in held} == {0}
     held.clear()
     fs.sample(model(), plan_of(two_step), TENSOR)
-    assert [memory for memory, _ in held] == [0, 1, 1, 1, 1, 1, 1]
+    assert [memory for memory, _, _ in held] == [0, 1, 1, 1, 1, 1, 1]
+    held.clear()
+    fs.sample(model(), plan_of(renoise), seeded())
+    assert {noises for _, _, noises in held} == {1}
 
 
 @pytest.mark.parametrize("name", ["zero_terminal_snr", "flow"])

@@ -162,8 +162,15 @@ def test_zero_terminal_snr_is_that_of_diffusers():
         (lambda: fs.VPContinuous(0.0), "0 < beta_min"),
         (lambda: fs.EDM(80.0, 0.002), "sigma_min < sigma_max"),
         (lambda: fs.EDM(sigma_min=0.0), "0 < sigma_min"),
-        (lambda: fs.Flow(0.0), "must be positive, got 0"),
-        (lambda: fs.Flow(float("nan")), "must be positive, got nan"),
+        (lambda: fs.Flow(0.0), "must be positive and finite, got 0"),
+        (lambda: fs.Flow(float("nan")), "must be positive and finite, got nan"),
+        (lambda: fs.Flow(float("inf")), "must be positive and finite, got inf"),
+        (lambda: fs.Flow(t_max=1.5), "0 < t_min < t_max <= 1, got 0.001 and 1.5"),
+        (lambda: fs.Flow(t_min=0.0), "0 < t_min"),
+        (lambda: fs.VPContinuous(t_min=2.0), "t_min < t_max <= 1, got 2 and 1"),
+        (lambda: fs.VPContinuous(t_min=0.0), "0 < t_min"),
+        (lambda: fs.VPContinuous(0.1, float("inf")), "both finite, got 0.1 and inf"),
+        (lambda: fs.EDM(0.1, float("inf")), "both finite, got 0.1 and inf"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(make, says):

@@ -1,13 +1,16 @@
-"""Starts at alpha = 0, ends at sigma = 0, single steps: where lam is infinite."""
+"""Starts at alpha = 0, ends at sigma = 0, single steps, very many steps: where lam or its steps leave the ordinary."""
 
+import numpy as np
 import pytest
 import torch
 
 import fastsample as fs
 from fastsample import solvers
+from fastsample.solvers.exponential import moments
 
 from .cases import CASES, DETERMINISTIC, SCHEDULES, Toy, grids, mixture
 
+VP = fs.VP.linear()
 NOISE = fs.noise((2,), seeds=range(4), dtype=torch.float64)
 FROM_ALPHA_0 = [case for case in CASES if case.solver is not solvers.heun]
 
@@ -69,3 +72,73 @@ def test_float32_states_stay_near_float64(case):
     assert single.dtype == torch.float32
     # 1e-7 a step, and 200 times that in the frame of Heun, whose x / alpha starts at alpha = 0.006
     torch.testing.assert_close(single.double(), double, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("steps", [300, 400, 600])
+def test_steps_that_do_not_divide_the_table_converge_as_others_do(steps):
+    """diffusers' DDIM steps to t - T // N, not to its next timestep: 11 to 68 times the error there (#12633)."""
+    exact = fs.solve(mixture(VP), solvers.unipc_3, fs.grid(VP, 400), NOISE)
+
+    def error(n):
+        return float((fs.solve(mixture(VP), solvers.ddim, fs.grid(VP, n, fs.trailing), NOISE) - exact).abs().max())
+
+    assert error(steps) < 1.3 * error(250) * 250 / steps
+
+
+@pytest.mark.parametrize("steps", [1000, 1001])
+@pytest.mark.parametrize("case", [case for case in CASES if case.options.get("s_churn") is None], ids=str)
+def test_more_steps_than_the_table_has_indices_are_finite(case, steps):
+    """diffusers gives NaN in silence at 1001."""
+    grid = fs.grid(VP, steps)
+    end = fs.solve(mixture(VP), case.solver, grid, NOISE, **case.options)
+    assert end.isfinite().all()
+    assert end.abs().max() < 3
+
+
+def test_cosine_karras_asks_at_other_times_at_every_step():
+    """diffusers rounds them, and asks at 998 nine times of twenty (#12771)."""
+    schedule, told = fs.VP.cosine(), []
+
+    def network(x, t):
+        told.append(float(t[0]))
+        return x
+
+    plan = fs.trace(solvers.dpmpp_2m, fs.grid(schedule, 20, fs.karras))
+    fs.sample(fs.Denoiser(network, schedule, "v"), plan, NOISE)
+    assert len(set(told)) == 20
+    assert told == pytest.approx([row.node.t for row in plan.rows], rel=1e-7)  # float32, and nothing cut off
+
+
+@pytest.mark.parametrize("case", FROM_ALPHA_0, ids=str)
+def test_an_eps_network_cannot_start_at_zero_terminal_snr(case):
+    """diffusers returns infinity (#3851)."""
+    schedule = SCHEDULES["vp_zero_snr"]
+    model = fs.Denoiser(lambda x, t: x, schedule, "eps")
+    grid = fs.grid(schedule, 4, fs.trailing)
+    with pytest.raises(ValueError, match="eps network says nothing of x0 at alpha = 0"):
+        fs.sample(model, fs.trace(case.solver, grid, **case.options), NOISE)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(case):
+    """UniPC of order 3 in diffusers solves for its weights in it."""
+    grid = fs.grid(fs.VPContinuous(), 6)
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            ends.append(fs.sample(Toy(fs.VPContinuous()), fs.trace(case.solver, grid, **case.options), NOISE))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("h", [1e-9, 1e-4, 0.03, 0.999, 1.001, 4.0, 60.0])
+def test_the_moments_are_means_under_the_weight_at_every_step_size(h):
+    """By Gauss-Legendre, on [1 - 40 / h, 1] where the weight beyond is nothing."""
+    u, w = np.polynomial.legendre.leggauss(60)
+    low = max(0.0, 1 - 40 / h)
+    u = low + (1 - low) * (u + 1) / 2
+    w = w * np.exp(h * (u - 1))
+    expected = [float((w * u**i).sum() / w.sum()) for i in (1, 2, 3, 4)]
+    assert moments(h, 4) == pytest.approx(expected, rel=1e-12)

@@ -51,10 +51,11 @@ def test_churn_out_of_its_range_is_no_churn(solver):
     assert not torch.equal(fs.solve(mixture(fs.EDM()), solver, grid, NOISE, s_churn=40.0), plain)
 
 
+@pytest.mark.parametrize("s_churn", [3.0, 40.0])  # below and above the most that a step may add
 @pytest.mark.parametrize("second", [False, True], ids=["euler", "heun"])
 @pytest.mark.parametrize("name", ["vp_linear", "edm", "flow"])
-def test_churn_is_algorithm_2_of_karras_in_the_frame_x_over_alpha(name, second):
-    options = {"s_churn": 3.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+def test_churn_is_algorithm_2_of_karras_in_the_frame_x_over_alpha(name, second, s_churn):
+    options = {"s_churn": s_churn, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
     schedule = SCHEDULES[name]
     grid = fs.grid(schedule, 8, fs.karras, start=0.98 * schedule.t_max)
     levels = [node.sigma / node.alpha for node in grid.nodes]
