@@ -36,7 +36,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, str]:
     revision = _git("rev-parse", "HEAD")
     if revision:
         changed = _git("status", "--porcelain", "--untracked-files=no")
-        found["git revision"] = revision + (" with changes" if changed else "")
+        found["git revision of the working folder"] = revision + (" with changes" if changed else "")
     return found
 
 

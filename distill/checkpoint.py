@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsample import files
-from fastsample.adapters.pretrained import sha256
 
 VERSION = 1
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -58,7 +57,7 @@ def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *,
             "place": list(checkpoint.place),
             "machine": checkpoint.machine,
             "scaler": checkpoint.scaler,
-            "sha256": sha256(temporary / STATE),
+            "sha256": files.sha256(temporary / STATE),
             "configuration": _finite(configuration),
         }
         text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
@@ -94,7 +93,7 @@ def load(folder: Path, configuration: Mapping[str, Any]) -> Checkpoint:
         if (form, version) == ("fastsample.checkpoint", VERSION):
             epoch, used = manifest["place"]
             step, machine, scaler, found = (manifest[key] for key in ("step", "machine", "scaler", "configuration"))
-            if sha256(folder / STATE) != manifest["sha256"]:
+            if files.sha256(folder / STATE) != manifest["sha256"]:
                 raise ValueError(f"the SHA-256 of {STATE} is not that of the manifest")
             tensors = load_file(folder / STATE)
     except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:

@@ -78,6 +78,7 @@ def distill_digits(
             out=out / name,
             lr=lr,
             seed=seed,
+            save_every=100,
             resume=resume,
             progress=progress,
         )

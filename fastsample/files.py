@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -42,6 +43,15 @@ def folder(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write into {path}: {error.strerror}; choose another or mend its rights") from error
     return path
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def readable(path: Path) -> None:

@@ -98,9 +98,9 @@ class Plan:
                                  f"than there are yet")  # fmt: skip
 
     def __str__(self) -> str:
-        noise = ", adds noise" if self.stochastic else ""
+        noise, plural = ", adds noise" if self.stochastic else "", "s" if self.nfe > 1 else ""
         lines = [
-            f"{self.solver}: {self.nfe} network evaluations, remembers {self.memory} x {self.remembers}{noise}",
+            f"{self.solver}: {self.nfe} network evaluation{plural}, remembers {self.memory} x {self.remembers}{noise}",
             f"{self.schedule}, {self.spacing}, from t = {self.start.t:g} to t = {self.end.t:g} "
             f"(sigma {self.end.sigma:.4g})",
             f"{'k':>4} {'t':>9} {'sigma/alpha':>12} {'lam':>8} {'a':>10}  b (newest first)   c",

@@ -62,8 +62,14 @@ class Sampled(torch.nn.Module):
     def __init__(self, network: Any):
         super().__init__()
         self.network = network
+        self.channels = getattr(network, "config", {}).get("in_channels")
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        if self.channels is not None and x.shape[1:2] != (self.channels,):
+            raise ValueError(f"the network takes x of shape [B, {self.channels}, ...], got {list(x.shape)}")
+        for name, value in condition.items():
+            if isinstance(value, Tensor) and value.dim() and len(value) not in (1, len(x)):
+                raise ValueError(f"condition {name!r} has {len(value)} rows for a batch of {len(x)}; give one a sample")
         output: Tensor = self.network(x, t, return_dict=False, **condition)[0]
         return output
 

@@ -6,7 +6,6 @@ file; a folder whose files do not match is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 from ..denoiser import TIMES, Denoiser
 from ..files import folder as make_folder
-from ..files import readable, write_text
+from ..files import readable, sha256, write_text
 from ..schedule import EDM, VP, Flow, Schedule, VPContinuous
 from .diffusers import Sampled
 
@@ -70,15 +69,13 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
 def from_pretrained(folder: str | Path) -> Denoiser:
     """Load what `save_pretrained` wrote, in evaluation mode.
 
-    Raises FileNotFoundError for a folder without `fastsample.json`, ValueError for files that are damaged, of another
-    version, or do not match their SHA-256.
+    Raises FileNotFoundError for a folder without `fastsample.json` or without a file that it names, ValueError for
+    files that are damaged, of another version, or do not match their SHA-256.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {MANIFEST}; give a folder written by fs.save_pretrained or distill.train"
-        )
+        raise FileNotFoundError(f"{folder} holds no {MANIFEST}; give a folder written by fs.save_pretrained")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != "fastsample.model" or manifest["version"] != VERSION:
@@ -90,22 +87,15 @@ def from_pretrained(folder: str | Path) -> Denoiser:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no model manifest: {error!r}") from error
     for file, expected in hashes.items():
-        found = sha256(folder / file) if (folder / file).is_file() else "no such file"
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing, {MANIFEST} names it; get the folder again")
+        found = sha256(folder / file)
         if found != expected:
             raise ValueError(
                 f"{folder / file} is damaged: SHA-256 is {found}, {MANIFEST} says {expected}; get it again"
             )
     network = Sampled(_network_class(name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False))
     return Denoiser(network.eval(), schedule, predicts, time=time)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _network_class(name: str) -> Any:

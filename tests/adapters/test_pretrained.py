@@ -130,3 +130,10 @@ def test_a_plain_network_or_a_time_of_ones_own_cannot_be_saved(model, tmp_path):
     own = fs.Denoiser(model.network, fs.VP.linear(), time=lambda schedule, node: node.t)
     with pytest.raises(ValueError, match="cannot be saved"):
         fs.save_pretrained(own, tmp_path)
+
+
+def test_a_missing_file_is_called_missing(model, tmp_path):
+    fs.save_pretrained(model, tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors is missing"):
+        fs.from_pretrained(tmp_path)

@@ -181,3 +181,19 @@ def test_configurations_that_cannot_be_read_are_refused(unet, config, says):
 def test_what_is_no_scheduler_is_refused(unet):
     with pytest.raises(TypeError, match="diffusers scheduler or its config, got NoneType"):
         fs.from_diffusers(unet, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "said"),
+    [
+        ((3, 8, 8), 2, r"\[B, 1, \.\.\.\], got \[2, 3, 8, 8\]"),
+        ((1, 8, 8), 3, "'class_labels' has 3 rows for a batch of 2"),
+    ],
+    ids=["channels", "labels"],
+)
+def test_a_wrong_shape_is_named_before_the_network_trips_over_it(unet, shape, labels, said):
+    model = fs.from_diffusers(unet, diffusers.DDIMScheduler())
+    plan = fs.trace(ddim, fs.grid(model.schedule, 2))
+    condition = {"class_labels": torch.zeros(labels, dtype=torch.long)}
+    with pytest.raises(ValueError, match=said):
+        fs.sample(model, plan, fs.noise(shape, range(2)), condition=condition)
