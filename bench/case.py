@@ -16,8 +16,9 @@ from torch import Tensor
 from fastsample.denoiser import Count, Denoiser, Model
 from fastsample.grid import Node, Spacing, grid
 from fastsample.guidance import Guided
-from fastsample.plan import Plan, Solver, trace
+from fastsample.plan import Plan
 from fastsample.schedule import Schedule
+from fastsample.tracing import Solver, trace
 
 
 @dataclass(frozen=True, eq=False)

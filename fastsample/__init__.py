@@ -25,10 +25,11 @@ from .grid import (
 )
 from .guidance import Guided, Thresholded
 from .noise import Noise, noise
-from .plan import Plan, Row, trace
+from .plan import Plan, Row
 from .prediction import Prediction, prediction
 from .sampling import sample, solve
 from .schedule import EDM, VP, Flow, Schedule, VPContinuous
+from .tracing import trace
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ import torch
 from .schedule import VP, Schedule
 
 if TYPE_CHECKING:
-    from .plan import Expr
+    from .tracing import Expr
 
 State = TypeVar("State", torch.Tensor, "Expr")
 Spacing = Callable[[Schedule, int, float, float | None], Sequence[float]]

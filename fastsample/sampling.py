@@ -12,10 +12,11 @@ from torch import Tensor
 from .denoiser import Model
 from .grid import Grid, Node
 from .noise import Noise
-from .plan import Plan, Solver, name_of
+from .plan import Plan
 from .progress import track
 from .schedule import Schedule
 from .step import plan_step
+from .tracing import Solver, name_of
 
 Callback = Callable[[int, Tensor, Tensor], object]
 

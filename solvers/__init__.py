@@ -3,7 +3,7 @@
 To add one, write the function in a file of this folder and its name here and in tests/solvers/cases.py.
 """
 
-from fastsample.plan import Solver
+from fastsample.tracing import Solver
 
 from .ddim import ddim, ddpm
 from .dpm_solver import dpmpp_1, dpmpp_2m, dpmpp_2s, dpmpp_3m

@@ -10,7 +10,7 @@ import torch
 
 import fastsample as fs
 from fastsample import solvers
-from fastsample.plan import Solver
+from fastsample.tracing import Solver
 from fastsample.zoo.exact import GaussianMixture
 
 
