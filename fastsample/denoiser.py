@@ -28,6 +28,15 @@ class Model(Protocol):
     def predict(self, x: Tensor, node: Any, **condition: Any) -> Tensor: ...
 
 
+def begin(model: Model) -> Model:
+    """The model as one run sees it: a wrapper that remembers evaluations has `begin()`, which gives a fresh copy.
+
+    So nothing is kept between two runs, and one model may serve several at once.
+    """
+    fresh: Callable[[], Model] | None = getattr(model, "begin", None)
+    return model if fresh is None else fresh()
+
+
 TimeOf = Callable[[Schedule, Any], Any]  # (schedule, Node) -> float, or (schedule, Nodes) -> [B]
 
 TIMES: dict[str, TimeOf] = {

@@ -19,6 +19,7 @@ import torch
 from .schedule import VP, Schedule
 
 if TYPE_CHECKING:
+    from .gaussian import Gaussian, Warm
     from .tracing import Expr
 
 State = TypeVar("State", torch.Tensor, "Expr")
@@ -55,11 +56,17 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Grid:
-    """Nodes from noise to data; `steps()` gives the intervals (s, t) that a solver walks."""
+    """Nodes from noise to data; `steps()` gives the intervals (s, t) that a solver walks.
+
+    lower_order_final: the order of a multistep solver falls to 1 over the last steps, see `order`.
+    warm: a closed-form move to the first node, before the solver begins.
+    """
 
     schedule: Schedule
     nodes: tuple[Node, ...]
     spacing: str = "given times"
+    lower_order_final: bool = False
+    warm: Warm | None = None
 
     def steps(self) -> Iterator[tuple[Node, Node]]:
         return pairwise(self.nodes)
@@ -67,6 +74,14 @@ class Grid:
     def node(self, lam: float) -> Node:
         """The node at log(alpha / sigma) = lam, for solvers that evaluate between the nodes of the grid."""
         return node(self.schedule, float(self.schedule.time(lam)))
+
+    def order(self, k: int, order: int) -> int:
+        """The order that a multistep solver of this order may use in interval k = 0, 1, ..., as far as the grid says.
+
+        With `lower_order_final` it is at most the number of intervals left, this one included, as in the official code
+        of DPM-Solver and UniPC.
+        """
+        return min(order, len(self) - k) if self.lower_order_final else order
 
     def __len__(self) -> int:
         return len(self.nodes) - 1
@@ -106,19 +121,34 @@ def grid(
     end: float | None = None,
     *,
     round_to_index: bool = False,
+    lower_order_final: bool = False,
+    strength: float = 1.0,
+    warm: Gaussian | None = None,
 ) -> Grid:
     """A grid of `steps` intervals.
 
     spacing: one of the functions below or your own; uniform_lam if None.
     start, end: times in the schedule's units; start=None is `schedule.t_max`, end=None is sigma = 0, where the
         last interval returns x0 itself.
+        `end=schedule.t_min` stops at the least noise trained at ("sigma_min" of diffusers' `final_sigmas_type`).
     round_to_index: round each time to the nearest index the network was trained at (VP tables only).
+    lower_order_final: let the order of multistep solvers fall to 1 over the last steps. Better where those are long in
+        lam (quadratic_t) and few; with many steps it leaves the whole at order 2.
+    strength: keep the last int(steps * strength) intervals alone, to start from an image: `fs.sample(..., init=image)`.
+        Meng et al. 2022, arXiv:2108.01073 (SDEdit), counted as in diffusers.
+    warm: the data's mean and covariance. The noise starts at `t_max`, as without, and is taken to `start` as if the
+        data were this Gaussian, which costs no evaluation: choose a `start` below t_max.
     """
     if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     spacing = spacing or uniform_lam
     if not callable(spacing):
         raise ValueError(f"spacing must be a function such as fs.uniform_lam ({', '.join(SPACINGS)}), got {spacing!r}")
+    kept = int(steps * strength + 1e-9) if 0 < strength <= 1 else 0
+    if kept < 1:
+        raise ValueError(
+            f"strength is a share of the {steps} steps, above 0 and at most 1, and must leave one, got {strength:g}"
+        )
     first = schedule.t_max if start is None else float(start)
     last = schedule.t_zero if end is None else float(end)
     if not schedule.t_zero <= last < first <= schedule.t_max:
@@ -141,7 +171,24 @@ def grid(
     if end is None:
         times.append(schedule.t_zero)
     _check(times, schedule, name)
-    return Grid(schedule, tuple(node(schedule, t) for t in times), name)
+    made = tuple(node(schedule, t) for t in times)[-kept - 1 :]
+    shown = ", ".join([name, *(["lower_order_final"] if lower_order_final else [])])
+    return Grid(schedule, made, shown, lower_order_final, _warm(schedule, made[0], warm, strength))
+
+
+def _warm(schedule: Schedule, first: Node, gaussian: Gaussian | None, strength: float) -> Warm | None:
+    if gaussian is None:
+        return None
+    from .gaussian import Gaussian, Warm
+
+    if not isinstance(gaussian, Gaussian):
+        raise TypeError(f"warm must be an fs.Gaussian of the data, got {type(gaussian).__name__}")
+    if strength != 1 or not first.t < schedule.t_max:
+        raise ValueError(
+            f"a warm start moves pure noise from t = {schedule.t_max:g} to a start below it, got start = {first.t:g} "
+            f"and strength {strength:g}"
+        )
+    return Warm(gaussian, node(schedule, schedule.t_max))
 
 
 def _check(times: list[float], schedule: Schedule, name: str) -> None:
@@ -179,6 +226,21 @@ def quadratic_t(schedule: Schedule, steps: int, start: float, end: float | None)
     return _between(lambda t: (t - zero) ** 0.5, lambda r: zero + r**2, schedule, steps, start, end)
 
 
+def power_t(rho: float) -> Spacing:
+    """Equal steps in (t - t_zero)^(1 / rho): 1 is `uniform_t`, 2 `quadratic_t`; larger is denser near the data."""
+    if not rho > 0:
+        raise ValueError(f"rho of power_t must be positive, got {rho:g}")
+
+    def spaced(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+        zero = schedule.t_zero
+        return _between(
+            lambda t: (t - zero) ** (1 / rho), lambda r: zero + max(r, 0.0) ** rho, schedule, steps, start, end
+        )
+
+    spaced.__name__ = f"power_t({rho:g})"
+    return spaced
+
+
 def uniform_lam(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
     """Equal steps in lam = log(alpha / sigma). Lu et al. 2022, arXiv:2206.00927, Sec. 3.3."""
     _check_lam(schedule, start, end, "uniform_lam")
@@ -196,6 +258,70 @@ def karras(schedule: Schedule, steps: int, start: float, end: float | None, rho:
     ends = [math.exp(-float(schedule.lam(t)) / rho) for t in (start, last)]
     times = [float(schedule.time(-rho * math.log(r))) for r in np.linspace(ends[0], ends[1], count)]
     return _pinned(times, start, last)
+
+
+def exponential(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """Equal steps in log(sigma / alpha); where the end is sigma = 0 the last evaluation is at `t_min`, as in `karras`.
+
+    "exponential" of k-diffusion and diffusers, without their rounding to indices; `uniform_lam` with its last
+    evaluation one step lower.
+    """
+    _check_lam(schedule, start, end, "exponential")
+    last = schedule.t_min if end is None else end
+    ends = [float(schedule.lam(t)) for t in (start, last)]
+    times = [float(schedule.time(lam)) for lam in np.linspace(ends[0], ends[1], steps + (end is not None))]
+    return _pinned(times, start, last)
+
+
+def beta(
+    schedule: Schedule, steps: int, start: float, end: float | None, a: float = 0.6, b: float = 0.6
+) -> list[float]:
+    """Quantiles of a Beta(a, b) distribution of t: denser at both ends. Lee et al. 2024, arXiv:2407.12173, Sec. 4.
+
+    For other a and b use functools.partial. Where the end is sigma = 0, that is where the last quantile lies.
+    """
+    from scipy.special import betaincinv
+
+    last = schedule.t_min if end is None else end
+    shares = betaincinv(a, b, np.linspace(1, 0, steps + 1))
+    times = _pinned([last + (start - last) * float(share) for share in shares], start, last)
+    return times if end is not None else times[:-1]
+
+
+def snr_table(ratios: Sequence[float], name: str = "snr_table") -> Spacing:
+    """A spacing through given noise levels sigma / alpha, from the noisiest down; interpolated in lam for other steps.
+
+    The last level is the end of the last interval: sigma = 0 takes its place, as in `uniform_lam`. Levels beyond the
+    start and end of the grid give way to these. Sabour et al. 2024, arXiv:2404.14507 (Align Your Steps), interpolate
+    so.
+    """
+    if len(ratios) < 2 or not all(ratio > 0 for ratio in ratios) or any(t >= s for s, t in pairwise(ratios)):
+        raise ValueError(f"a table of levels needs at least 2 positive, decreasing numbers, got {list(ratios)}")
+    table = -np.log(np.asarray(ratios, dtype=float))
+
+    def spaced(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+        _check_lam(schedule, start, end, name)
+        last = schedule.t_min if end is None else end
+        lams = np.interp(np.linspace(0, len(table) - 1, steps + 1), np.arange(len(table)), table)
+        ends = [float(schedule.lam(t)) for t in (start, last)]
+        inner = [float(lam) for lam in lams[1:-1]]
+        outside = [lam for lam in inner if not ends[0] < lam < ends[1]]
+        if outside:
+            raise ValueError(
+                f"{name} has a level sigma / alpha = {math.exp(-outside[0]):.4g} outside this grid "
+                f"({math.exp(-ends[0]):.4g} to {math.exp(-ends[1]):.4g}): the table is for another model or range"
+            )
+        times = _pinned([start, *(float(schedule.time(lam)) for lam in inner), last], start, last)
+        return times if end is not None else times[:-1]
+
+    spaced.__name__ = name
+    return spaced
+
+
+# Sabour et al. 2024, arXiv:2404.14507, the ten-step schedules published with it, as levels sigma / alpha.
+ays_sd15 = snr_table((14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029), "ays_sd15")
+ays_sdxl = snr_table((14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029), "ays_sdxl")
+ays_svd = snr_table((700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002), "ays_svd")
 
 
 def leading(schedule: Schedule, steps: int, start: float, end: float | None, offset: int = 0) -> list[float]:
@@ -228,7 +354,21 @@ def at_times(times: Sequence[float]) -> Spacing:
 
 
 SPACINGS: dict[str, Spacing] = {
-    f.__name__: f for f in (uniform_lam, uniform_t, quadratic_t, karras, leading, trailing, linspace)
+    f.__name__: f
+    for f in (
+        uniform_lam,
+        uniform_t,
+        quadratic_t,
+        karras,
+        exponential,
+        beta,
+        ays_sd15,
+        ays_sdxl,
+        ays_svd,
+        leading,
+        trailing,
+        linspace,
+    )
 }
 
 

@@ -91,7 +91,7 @@ class Guided:
         return first, second
 
     def _rescaled(self, x: Tensor, node: Node | Nodes, guided: Tensor, cond: Tensor) -> Tensor:
-        prediction = _prediction_of(self.model)
+        prediction = prediction_of(self.model)
         p, q = (per_sample(number, x) for number in prediction.output(node.alpha, node.sigma))
         u, w = (per_sample(number, x) for number in prediction.x0(node.alpha, node.sigma))
         output, target = p * x + q * guided, p * x + q * cond
@@ -100,7 +100,7 @@ class Guided:
         return rescaled
 
 
-def _prediction_of(model: Model) -> Prediction:
+def prediction_of(model: Model) -> Prediction:
     """What the network below the wrappers predicts; any other model is asked for x0 alone."""
     while isinstance(model, Guided | Thresholded):
         model = model.model

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .gaussian import Gaussian, Warm
 from .grid import Node
 
 VERSION = 1
@@ -35,7 +36,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be computed, in full: x_0 = entry_a x_T + entry_c z_{-1}, then `rows`, ending at `end`."""
+    """What will be computed, in full: x_0 = entry_a x_T + entry_c z_{-1}, then `rows`, ending at `end`.
+
+    warm: how x_T at `start` comes from noise above it; None: it is alpha init + sigma noise.
+    predicts: what networks must predict to run it, for a plan tuned to one; None: anything.
+    """
 
     solver: str
     schedule: str
@@ -45,6 +50,8 @@ class Plan:
     end: Node
     rows: tuple[Row, ...]
     entry: tuple[float, float] = (1.0, 0.0)
+    warm: Warm | None = None
+    predicts: str | None = None
 
     def __post_init__(self) -> None:
         self.check()
@@ -76,6 +83,8 @@ class Plan:
             raise ValueError(f"solver, schedule, spacing and remembers of a plan must be text, got {texts}")
         if not self.rows:
             raise ValueError("the plan has no rows: it would evaluate nothing")
+        if not (self.warm is None or isinstance(self.warm, Warm)) or not isinstance(self.predicts, str | None):
+            raise ValueError(f"warm and predicts of a plan must be a Warm and a text, got {self.warm}, {self.predicts}")
         ends = [number for node in (self.start, self.end) for number in (node.t, node.alpha, node.sigma)]
         if len(self.entry) != 2 or not all(math.isfinite(number) for number in (*self.entry, *ends)):
             raise ValueError(f"start, end or entry {self.entry} of the plan holds a number that is not finite")
@@ -98,6 +107,10 @@ class Plan:
             f"(sigma {self.end.sigma:.4g})",
             f"{'k':>4} {'t':>9} {'sigma/alpha':>12} {'lam':>8} {'a':>10}  b (newest first)   c",
         ]
+        if self.predicts:
+            lines.insert(2, f"for networks that predict {self.predicts}")
+        if self.warm:
+            lines.insert(2, f"from noise at t = {self.warm.start.t:g} as if the data were Gaussian, at no evaluation")
         if self.entry != (1.0, 0.0):
             lines.append(f"{'':>46} {self.entry[0]:>10.5f}  {'':<17}  {self.entry[1]:.5f}")
         for k, row in enumerate(self.rows):
@@ -110,7 +123,9 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON with a schema version and a checksum."""
-        body = asdict(self)
+        body = asdict(replace(self, warm=None))
+        if self.warm:
+            body["warm"] = {"gaussian": self.warm.gaussian.to_json(), "start": asdict(self.warm.start)}
         text = {"format": "fastsample.plan", "version": VERSION, "sha256": _digest(body), "plan": body}
         write_text(path, json.dumps(text, indent=1, allow_nan=False) + "\n")
 
@@ -129,7 +144,10 @@ class Plan:
                 for row in body["rows"]
             )
             nodes = {"start": Node(**body["start"]), "end": Node(**body["end"])}
-            return cls(**{**body, **nodes, "rows": rows, "entry": tuple(body["entry"])})
+            warm = body.get("warm")
+            if warm:
+                warm = Warm(Gaussian.from_json(warm["gaussian"]), Node(**warm["start"]))
+            return cls(**{**body, **nodes, "rows": rows, "entry": tuple(body["entry"]), "warm": warm})
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             cause = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path} is no fastsample plan of version {VERSION}, or it is damaged: {cause}") from error

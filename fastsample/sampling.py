@@ -9,8 +9,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .denoiser import Model
+from .denoiser import Model, begin
+from .gaussian import Warm
 from .grid import Grid, Node
+from .guidance import prediction_of
 from .noise import Noise
 from .plan import Plan
 from .progress import track
@@ -79,7 +81,7 @@ def sample(
     _check_model(model)
     _check_fit(model, plan)
     draw = _source(noise, stochastic=plan.stochastic, name=plan.solver)
-    start, condition = _start(draw(0), init, plan.start), condition or {}
+    start, condition = _start(draw(0), init, plan.start, plan.warm), condition or {}
     x, states = _run(model, plan, start, draw, condition, callback, trajectory, progress)
     if not _finite(x):
         _run(_Watched(model), plan, start, draw, condition)
@@ -98,6 +100,7 @@ def _run(
     progress: bool | None = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loop itself: the state at the end and, if wanted, the states before it."""
+    model = begin(model)
     used, older, widest = plan.noises, plan.memory - 1, max(len(row.c) for row in plan.rows)
     memory: list[Tensor] = []
     noises = [draw(1) if -1 in used else x]  # x holds the place of a noise whose factor is 0
@@ -135,7 +138,7 @@ def solve(
     _check_model(model)
     name = name_of(solver, grid)
     draw = _source(noise, stochastic=False, name=name)
-    start, condition = _start(draw(0), init, grid.nodes[0]), condition or {}
+    start, condition = _start(draw(0), init, grid.nodes[0], grid.warm), condition or {}
     x = solver(_Direct(model, draw, condition, name), start, grid, **options)
     if not _finite(x):
         solver(_Direct(_Watched(model), draw, condition, name), start, grid, **options)
@@ -147,7 +150,7 @@ class _Direct:
     """The model as a solver sees it in `solve`; noises are numbered as in a plan."""
 
     def __init__(self, model: Model, draw: Callable[[int], Tensor], condition: Mapping[str, Any], name: str):
-        self.model, self.draw, self.condition, self.name = model, draw, condition, name
+        self.model, self.draw, self.condition, self.name = begin(model), draw, condition, name
         self.evaluations = 0
         self.drawn = -1
 
@@ -166,7 +169,7 @@ class _Watched:
     """The model with a look at every evaluation: looking waits for the device, so only a failed run is repeated so."""
 
     def __init__(self, model: Model):
-        self.model, self.evaluations = model, 0
+        self.model, self.evaluations = begin(model), 0
 
     @property
     def schedule(self) -> Schedule:
@@ -189,7 +192,11 @@ def _finite(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or bool(x.isfinite().all())  # the one wait for the device, after the loop
 
 
-def _start(noise: Tensor, init: Tensor | None, first: Node) -> Tensor:
+def _start(noise: Tensor, init: Tensor | None, first: Node, warm: Warm | None) -> Tensor:
+    if warm is not None:
+        if init is not None:
+            raise ValueError("a warm start begins at pure noise, and so takes no init; make the grid without warm=")
+        return warm.begin(noise, first)
     if init is None:
         return noise * first.sigma
     if init.shape != noise.shape:
@@ -228,6 +235,11 @@ def _check_fit(model: Model, plan: Plan) -> None:
     """A plan made for another schedule would sample in silence, and badly."""
     if torch.compiler.is_compiling():  # a graph cannot ask; the run without one does
         return
+    if plan.predicts and (predicts := prediction_of(model).name) != plan.predicts:
+        raise ValueError(
+            f"the plan was tuned for networks that predict {plan.predicts}, this model's predicts {predicts}; tune one "
+            f"for it"
+        )
     nodes = [row.node for row in plan.rows]
     t = torch.tensor([node.t for node in nodes], dtype=torch.float64)
     there = zip(model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist())

@@ -81,6 +81,7 @@ def _read(tape: Tape, solver: Solver, grid: Grid, options: dict[str, Any]) -> Pl
         end=grid.nodes[-1],
         rows=tuple(tape.rows),
         entry=tape.entry,
+        warm=grid.warm,
     )
 
 

@@ -13,7 +13,8 @@ import fastsample as fs
 from .toys import REGULAR, SCHEDULES, TABLES
 
 VP = fs.VP.scaled_linear()
-ANY = [fs.uniform_lam, fs.uniform_t, fs.quadratic_t, fs.karras]
+ANY = [fs.uniform_lam, fs.uniform_t, fs.quadratic_t, fs.power_t(1.5), fs.karras, fs.exponential, fs.beta]
+NEED_LAM = [fs.uniform_lam, fs.karras, fs.exponential]
 TABLE = [fs.leading, fs.trailing, fs.linspace]
 names = lambda f: getattr(f, "__name__", str(f))  # noqa: E731
 
@@ -26,8 +27,7 @@ def times(grid):
 @pytest.mark.parametrize("schedule", REGULAR.values(), ids=REGULAR.keys())
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_a_grid_falls_from_start_to_end_in_steps(schedule, spacing, steps):
-    needs_lam = spacing in (fs.uniform_lam, fs.karras)
-    start = 0.999 if needs_lam and isinstance(schedule, fs.Flow) else None  # at t = 1 its lam is -inf
+    start = 0.999 if spacing in NEED_LAM and isinstance(schedule, fs.Flow) else None  # at t = 1 its lam is -inf
     grid = fs.grid(schedule, steps, spacing, start=start)
     assert len(grid) == steps == len(list(grid.steps()))
     assert grid.nodes[0].t == (start or schedule.t_max)
@@ -88,6 +88,81 @@ def test_karras_is_the_formula_of_edm(rho):
 def test_quadratic_t_is_even_in_the_root_of_t():
     given = np.array(times(fs.grid(fs.VPContinuous(), 5, fs.quadratic_t, end=1e-3)))
     np.testing.assert_allclose(np.diff(given**0.5), np.diff(given**0.5)[0], rtol=1e-12)
+
+
+def test_powers_of_t_are_the_named_spacings_and_even_in_their_root():
+    for schedule in REGULAR.values():
+        assert times(fs.grid(schedule, 6, fs.power_t(2))) == pytest.approx(times(fs.grid(schedule, 6, fs.quadratic_t)))
+        assert times(fs.grid(schedule, 6, fs.power_t(1))) == pytest.approx(times(fs.grid(schedule, 6, fs.uniform_t)))
+    given = np.array(times(fs.grid(fs.VPContinuous(), 5, fs.power_t(1.5), end=1e-3)))
+    np.testing.assert_allclose(np.diff(given ** (1 / 1.5)), np.diff(given ** (1 / 1.5))[0], rtol=1e-12)
+    assert fs.grid(VP, 3, fs.power_t(1.5)).spacing == "power_t(1.5)"
+
+
+def test_exponential_is_even_in_the_logarithm_of_the_level_with_both_ends_evaluated():
+    levels = [node.sigma for node in fs.grid(fs.EDM(), 7, fs.exponential).nodes]
+    np.testing.assert_allclose(levels[:-1], np.geomspace(80, 0.002, 7), rtol=1e-12)
+    assert levels[-1] == 0
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.6, 0.6), (1.0, 1.0), (2.0, 3.0)])
+def test_beta_gives_quantiles_of_its_distribution(a, b):
+    from scipy.stats import beta
+
+    given = np.array(times(fs.grid(fs.VPContinuous(), 8, partial(fs.beta, a=a, b=b), end=1e-3)))
+    np.testing.assert_allclose(beta.cdf((given - 1e-3) / (1 - 1e-3), a, b), np.linspace(1, 0, 9), atol=1e-9)
+
+
+def test_beta_is_denser_at_both_ends_than_in_the_middle():
+    steps = -np.diff(times(fs.grid(fs.VPContinuous(), 9, fs.beta, end=1e-3)))
+    assert steps[0] < steps[4] > steps[-1]
+
+
+@pytest.mark.parametrize(("spacing", "key"), [(fs.ays_sd15, "StableDiffusion"), (fs.ays_sdxl, "StableDiffusionXL")])
+def test_the_tables_of_align_your_steps_are_those_published(spacing, key):
+    """diffusers keeps them as timesteps; those are the levels, rounded to an index of Stable Diffusion's schedule."""
+    module = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    published = module.AysSchedules[f"{key}Timesteps"]
+    ours = times(fs.grid(VP, 10, spacing))[:-1]
+    np.testing.assert_allclose(ours, published, atol=0.7)  # the levels are published to three digits
+    levels = module.AysSchedules[f"{key}Sigmas"]
+    found = [node.sigma / node.alpha for node in fs.grid(VP, 10, spacing).nodes[1:-1]]
+    np.testing.assert_allclose(found, levels[1:10], rtol=1e-6)
+
+
+def test_the_table_for_video_is_for_its_own_schedule():
+    module = pytest.importorskip("diffusers.schedulers.scheduling_utils")
+    grid = fs.grid(fs.EDM(0.002, 700.0), 10, fs.ays_svd)
+    np.testing.assert_allclose(
+        [node.sigma for node in grid.nodes[:-1]], module.AysSchedules["StableDiffusionVideoSigmas"][:10]
+    )
+    with pytest.raises(ValueError, match="another model or range"):
+        fs.grid(fs.EDM(), 40, fs.ays_svd)
+
+
+def test_a_table_of_levels_is_interpolated_in_lam():
+    spacing = fs.snr_table([10.0, 1.0, 0.1])
+    grid = fs.grid(fs.EDM(0.1, 10.0), 4, spacing, end=0.1)
+    np.testing.assert_allclose([node.sigma for node in grid.nodes], np.geomspace(10, 0.1, 5))
+
+
+@pytest.mark.parametrize("levels", [[1.0], [1.0, 2.0], [2.0, 1.0, -1.0], [2.0, 2.0]], ids=str)
+def test_a_table_that_does_not_fall_is_refused(levels):
+    with pytest.raises(ValueError, match="at least 2 positive, decreasing numbers"):
+        fs.snr_table(levels)
+
+
+def test_the_order_falls_over_the_last_steps_where_the_grid_says_so():
+    grid = fs.grid(VP, 5, lower_order_final=True)
+    assert [grid.order(k, 3) for k in range(5)] == [3, 3, 3, 2, 1]
+    assert [fs.grid(VP, 5).order(k, 3) for k in range(5)] == [3] * 5
+    assert grid.spacing == "uniform_lam, lower_order_final"
+
+
+@pytest.mark.parametrize(("strength", "kept"), [(1.0, 10), (0.55, 5), (0.3, 3), (0.1, 1), (0.7, 7)])
+def test_strength_keeps_the_last_steps(strength, kept):
+    whole = fs.grid(VP, 10, fs.quadratic_t).nodes
+    assert fs.grid(VP, 10, fs.quadratic_t, strength=strength).nodes == whole[-kept - 1 :]
 
 
 def ddim_times(steps, spacing, offset):
@@ -184,6 +259,11 @@ def test_spacings_that_need_no_lam_start_at_zero_terminal_snr():
         (lambda: fs.grid(VP, -1), "at least 1, got -1"),
         (lambda: fs.grid(VP, 2.5), "whole number of at least 1, got 2.5"),
         (lambda: fs.grid(VP, "8"), "whole number of at least 1, got '8'"),
+        (lambda: fs.grid(VP, 8, strength=0.0), "above 0 and at most 1, and must leave one, got 0"),
+        (lambda: fs.grid(VP, 8, strength=1.5), "got 1.5"),
+        (lambda: fs.grid(VP, 8, strength=0.1), "of the 8 steps.*got 0.1"),
+        (lambda: fs.power_t(0.0), "must be positive, got 0"),
+        (lambda: fs.grid(SCHEDULES["flow"], 8, fs.exponential), "exponential cannot start at t = 1"),
         (lambda: fs.grid(VP, 8, "karras"), "a function such as fs.uniform_lam .*got 'karras'"),
         (lambda: fs.grid(VP, 8, start=1000.0), "within t = 999 .. -1.*start = 1000"),
         (lambda: fs.grid(VP, 8, start=float("nan")), "start = nan"),

@@ -340,7 +340,10 @@ def test_a_file_cut_anywhere_or_with_any_digit_changed_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"plan\.json"):
             Plan.load(path)
     for place in [i for i, letter in enumerate(whole) if letter.isdigit()][::5]:
-        path.write_text(whole[:place] + str((int(whole[place]) + 1) % 10) + whole[place + 1 :])
+        changed = whole[:place] + str((int(whole[place]) + 1) % 10) + whole[place + 1 :]
+        if json.loads(changed) == json.loads(whole):
+            continue  # the 17th digit of a number that 16 already tell
+        path.write_text(changed)
         with pytest.raises(ValueError, match=r"plan\.json"):
             Plan.load(path)
 
