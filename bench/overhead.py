@@ -2,8 +2,9 @@
 
     python bench/overhead.py     # writes bench/results/overhead.md
 
-Both run DPM-Solver++(2M) at the same times from the same noise, with a network that returns a tensor made beforehand,
-so that what is left is the loop. Their results are compared before anything is timed.
+All run DPM-Solver++(2M) at the same times from the same noise, with a network that returns a tensor made beforehand,
+so that what is left is the loop. The bare arithmetic is the least that torch needs for it: the sums alone, in a Python
+loop over numbers that lie ready. Their results are compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Loop = Callable[[], Tensor]
 
 
 def loops(shape: tuple[int, ...], steps: int = STEPS) -> dict[str, Loop]:
-    """Our loop, diffusers' loop as its documentation writes it, and the same with the `set_timesteps` it needs."""
+    """Our loop, its sums alone, diffusers' loop as its documentation writes it, and that with its `set_timesteps`."""
     from diffusers import DPMSolverMultistepScheduler
 
     make: Any = DPMSolverMultistepScheduler
@@ -49,6 +50,19 @@ def loops(shape: tuple[int, ...], steps: int = STEPS) -> dict[str, Loop]:
     def ours() -> Tensor:
         return fs.sample(model, plan, noise)
 
+    factors = [(*model.prediction.x0(row.node.alpha, row.node.sigma), row.a, row.b) for row in plan.rows]
+
+    @torch.no_grad()
+    def bare() -> Tensor:
+        x = old = noise * plan.start.sigma
+        for u, w, a, b in factors:
+            x0 = (x * u).add_(eps, alpha=w)
+            x = (x * a).add_(x0, alpha=b[0])
+            if len(b) > 1:
+                x.add_(old, alpha=b[1])
+            old = x0
+        return x
+
     @torch.no_grad()
     def theirs() -> Tensor:
         # The part of set_timesteps without which the second run would go wrong. The rest is not timed here.
@@ -62,7 +76,12 @@ def loops(shape: tuple[int, ...], steps: int = STEPS) -> dict[str, Loop]:
         scheduler.set_timesteps(steps)
         return theirs()
 
-    return {"fs.sample": ours, "diffusers": theirs, "diffusers with set_timesteps": theirs_in_full}
+    return {
+        "fs.sample": ours,
+        "bare arithmetic": bare,
+        "diffusers": theirs,
+        "diffusers with set_timesteps": theirs_in_full,
+    }
 
 
 def dpmpp_2m(model: Any, x: Tensor, grid: fs.Grid) -> Tensor:
@@ -80,7 +99,9 @@ def dpmpp_2m(model: Any, x: Tensor, grid: fs.Grid) -> Tensor:
 
 def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Times]:
     candidates = loops(shape)
-    ours, theirs, _ = (loop() for loop in candidates.values())
+    ours, bare, theirs, _ = (loop() for loop in candidates.values())
+    if not torch.equal(ours, bare):
+        raise AssertionError("fs.sample and the bare arithmetic differ; they do the same sums in the same order")
     # The coefficients of diffusers are float32, and eps is divided by alpha = 0.07 at the start.
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -107,20 +128,26 @@ def report(measured: dict[tuple[int, ...], dict[str, Times]], rounds: int) -> st
         "",
         "`fs.sample`, whole and with its checks, against diffusers' `DPMSolverMultistepScheduler` in the loop",
         f"`x = scheduler.step(network(x, t), t, x).prev_sample`: DPM-Solver++(2M), {STEPS} steps, float32, one thread.",
-        "The network returns a tensor made beforehand; its call is in every number. The plan is traced beforehand, and",
-        "so the fair ratio leaves out `set_timesteps`, which diffusers needs before each run; the last counts it.",
+        "The network returns a tensor made beforehand; its call is in every number but the bare arithmetic's, which is",
+        "five calls of torch a step: x0 from eps, the sum of three terms. The plan is traced beforehand, and so the",
+        "fair ratio to diffusers leaves out `set_timesteps`, which it needs before each run; the last counts it.",
         "",
-        f"| x | {' | '.join(f'{name}, us a step' for name in names)} | ratio | ratio, with set_timesteps |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| CPU time of a step, us | {' | '.join(names)} |",
+        f"| --- |{' --- |' * len(names)}",
+    ]
+    lines += [f"| {list(shape)} | {' | '.join(map(_per_step, times.values()))} |" for shape, times in measured.items()]
+    lines += [
+        "",
+        f"| `fs.sample` divided by | {' | '.join(names[1:])} |",
+        f"| --- |{' --- |' * (len(names) - 1)}",
     ]
     for shape, times in measured.items():
         ours, *others = times.values()
-        cells = [_per_step(one) for one in times.values()] + [_ratio(ours, other) for other in others]
-        lines.append(f"| {list(shape)} | {' | '.join(cells)} |")
+        lines.append(f"| {list(shape)} | {' | '.join(_ratio(ours, other) for other in others)} |")
     lines += [
         "",
         f"CPU time. Medians of {2 * rounds} runs each, quartiles in brackets; ratios: medians over {rounds}",
-        "palindromic rounds (A B C C B A), each taken within its round, with the 95% interval of the median.",
+        "palindromic rounds (A B C D D C B A), each taken within its round, with the 95% interval of the median.",
         f"{found['cpu']}, {found['cores']} cores shared with other work; Python {found['python']}, torch",
         f"{found['torch']}, diffusers {version('diffusers')}. Made by `python bench/overhead.py --rounds {rounds}`.",
     ]

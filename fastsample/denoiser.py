@@ -20,7 +20,10 @@ from .schedule import Schedule
 
 
 class Model(Protocol):
-    """What `sample` and `solve` run. node: a `Node`; what is trained against is asked at `Nodes` too."""
+    """What `sample` and `solve` run. node: a `Node`; what is trained against is asked at `Nodes` too.
+
+    The tensor that `predict` returns is remembered as it is, not copied: a model must not write to it again.
+    """
 
     @property
     def schedule(self) -> Schedule: ...
@@ -70,7 +73,8 @@ class Denoiser:
     """A network as a model: x0 at (x, node), in float32 (or float64 where x is).
 
     network: `network(x, t, **condition)` -> its prediction, [B, C, ...] like x, or [B, 2 C, ...] where it also
-        predicts a variance (that half is split off). t: [B], in the units of `time`.
+        predicts a variance (that half is split off; `variance.predict_with_variance` has it). t: [B], in the units of
+        `time`.
     predicts: "eps", "x0", "v" or "flow".
     time: "index" (0..999), "unit" ([0, 1]), "sigma" (sigma / alpha), "log_sigma" (ln(sigma / alpha) / 4), "t" (the
         schedule's own), or a function (schedule, node) -> time, of node.t, alpha, sigma or lam; None: what networks of
@@ -125,9 +129,11 @@ class Denoiser:
                 f"the network returned {type(output).__name__}, not a tensor; wrap it, for example "
                 f"lambda x, t, **c: network(x, t, **c).sample, or use fs.from_diffusers"
             )
-        if output.shape != x.shape:
-            output = _without_variance(output, x)
+        output = self._mean(output, x)
         return output if output.dtype == x.dtype else output.to(x.dtype)
+
+    def _mean(self, output: Tensor, x: Tensor) -> Tensor:
+        return output if output.shape == x.shape else _without_variance(output, x)
 
     def _pair(self, node: Node | Nodes) -> tuple[Any, Any]:
         if isinstance(node, Node) and node.alpha == 0 and self.prediction.name == "eps":
@@ -156,7 +162,7 @@ def _rows(time: float | Tensor, seen: Tensor) -> Tensor:
         if time.numel() not in (1, len(seen)):
             raise ValueError(f"{time.numel()} times for a batch of {len(seen)}; give one for each sample")
         return time.to(seen.device, dtype).expand(len(seen))
-    return torch.full((seen.shape[0],), time, device=seen.device, dtype=dtype)
+    return seen.new_full((seen.shape[0],), time, dtype=dtype)
 
 
 def _dtype_of(network: Any) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from .denoiser import Model, begin
 from .gaussian import Warm
-from .grid import Grid, Node
+from .grid import Grid, Node, Nodes
 from .guidance import prediction_of
 from .noise import Noise
 from .plan import Plan
 from .progress import track
 from .schedule import Schedule
-from .step import plan_step
+from .step import mixed_step, plan_step
+from .table import Mixed, Stack, Table, table
 from .tracing import Solver, name_of
+from .variance import hearing, share_of
 
 Callback = Callable[[int, Tensor, Tensor], object]
 
@@ -26,7 +28,7 @@ Callback = Callable[[int, Tensor, Tensor], object]
 @overload
 def sample(
     model: Model,
-    plan: Plan,
+    plan: Plan | Sequence[Plan],
     noise: Noise | Tensor,
     *,
     init: Tensor | None = None,
@@ -40,7 +42,7 @@ def sample(
 @overload
 def sample(
     model: Model,
-    plan: Plan,
+    plan: Plan | Sequence[Plan],
     noise: Noise | Tensor,
     *,
     init: Tensor | None = None,
@@ -54,7 +56,7 @@ def sample(
 @torch.no_grad()
 def sample(
     model: Model,
-    plan: Plan,
+    plan: Plan | Sequence[Plan],
     noise: Noise | Tensor,
     *,
     init: Tensor | None = None,
@@ -65,10 +67,12 @@ def sample(
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
     """Run a plan: start at alpha init + sigma noise of its first node, return the state at its end.
 
+    plan: of all samples, or a list with one for each, with equal numbers of evaluations: then every sample has its own
+        times, and the model is asked at `Nodes`.
     noise: `fs.noise(...)`, or a tensor [B, ...] of unit variance (a stochastic plan needs the former).
     init: x0 to start from, [B, ...] (with a grid that starts late); None: none.
     condition: the network's keyword conditions, passed on at every evaluation.
-    callback: called as callback(k, x_k, x0_k) after evaluation k.
+    callback: called as callback(k, x_k, x0_k) after evaluation k, to look at both and not to change them.
     trajectory: also return the states, x_0 to the end: a list of nfe + 1 tensors.
     progress: show a bar; None: only once the run has lasted some seconds, on a terminal.
     Raises ValueError where model and plan do not fit, FloatingPointError where the network returns NaN or infinity.
@@ -76,22 +80,21 @@ def sample(
     The state is float32 (float64 where the noise is), and the loop never waits for the device. torch.compile makes one
     graph of a run whose noise is a tensor; noise drawn by seed it cannot follow.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must come from fs.trace(solver, grid) or fs.Plan.load, got {type(plan).__name__}")
-    _check_model(model)
-    _check_fit(model, plan)
-    draw = _source(noise, stochastic=plan.stochastic, name=plan.solver)
-    start, condition = _start(draw(0), init, plan.start, plan.warm), condition or {}
-    x, states = _run(model, plan, start, draw, condition, callback, trajectory, progress)
-    if not _finite(x):
-        _run(_Watched(model), plan, start, draw, condition)
-        raise FloatingPointError(f"{plan.solver} ended at NaN or infinity although no prediction was; use float64")
+    check_model(model)
+    given = read(plan)
+    check_fit(model, given)
+    draw = source(noise, stochastic=given.stochastic, name=given.solver)
+    start, condition = begin_at(given, draw(0), init), condition or {}
+    what = table(given, start)
+    x, states = run(model, what, start, draw, condition, callback, trajectory, progress)
+    if not finite(x):
+        raise explained(model, what, start, draw, condition)
     return (x, states) if trajectory else x
 
 
-def _run(
+def run(
     model: Model,
-    plan: Plan,
+    table: Table,
     x: Tensor,
     draw: Callable[[int], Tensor],
     condition: Mapping[str, Any],
@@ -101,23 +104,36 @@ def _run(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loop itself: the state at the end and, if wanted, the states before it."""
     model = begin(model)
-    used, older, widest = plan.noises, plan.memory - 1, max(len(row.c) for row in plan.rows)
+    used, older, widest = table.noises, table.older, table.widest
     memory: list[Tensor] = []
-    noises = [draw(1) if -1 in used else x]  # x holds the place of a noise whose factor is 0
-    a, c = plan.entry
-    if (a, c) != (1.0, 0.0):
+    noises = [draw(1) if -1 in used else x] if widest or table.entry else []  # x stands where the factor is 0
+    if table.entry:
+        a, c = table.entry
         x = a * x + c * noises[0]
     states = [x] if trajectory else []
-    for k, row in enumerate(track(plan.rows, plan.solver, progress)):
+    for k, row in enumerate(track(table.rows, table.name, progress)):
         x0 = model.predict(x, row.node, **condition)
         if callback is not None:
             callback(k, x, x0)
-        noises = [draw(k + 2) if k in used else x, *noises][:widest]
-        x, m = plan_step(x, x0, memory, noises, row)
-        memory = [m, *memory][:older]
+        if widest:
+            noises = [draw(k + 2) if k in used else x, *noises][:widest]
+        if isinstance(row, Mixed):
+            x, m = mixed_step(x, x0, memory, noises, row)
+        else:
+            x, m = plan_step(x, x0, memory, noises, row)
+        if older:
+            memory = [m, *memory][:older]
         if trajectory:
             states.append(x)
     return x, states
+
+
+def explained(
+    model: Model, table: Table, x: Tensor, draw: Callable[[int], Tensor], condition: Mapping[str, Any]
+) -> FloatingPointError:
+    """Run again with a look at every evaluation: raises where a number first was not finite, or returns the error."""
+    run(_Watched(model), table, x, draw, condition)
+    return FloatingPointError(f"{table.name} ended at NaN or infinity although no prediction was; use float64")
 
 
 @torch.no_grad()
@@ -135,12 +151,12 @@ def solve(
 
     Arguments and errors as for `sample`; options: the solver's own keywords.
     """
-    _check_model(model)
+    check_model(model)
     name = name_of(solver, grid)
-    draw = _source(noise, stochastic=False, name=name)
+    draw = source(noise, stochastic=False, name=name)
     start, condition = _start(draw(0), init, grid.nodes[0], grid.warm), condition or {}
     x = solver(_Direct(model, draw, condition, name), start, grid, **options)
-    if not _finite(x):
+    if not finite(x):
         solver(_Direct(_Watched(model), draw, condition, name), start, grid, **options)
         raise FloatingPointError(f"{name} ended at NaN or infinity although no prediction was; use float64")
     return x
@@ -153,10 +169,18 @@ class _Direct:
         self.model, self.draw, self.condition, self.name = begin(model), draw, condition, name
         self.evaluations = 0
         self.drawn = -1
+        self.heard: list[Tensor] | None = None
 
     def predict(self, x: Tensor, node: Node) -> Tensor:
         self.evaluations += 1
         return self.model.predict(x, node, **self.condition)
+
+    def predict_with_variance(self, x: Tensor, node: Node) -> tuple[Tensor, Tensor]:
+        if self.heard is None:
+            self.heard = []
+            self.model = hearing(self.model, self.heard)
+        self.heard.clear()
+        return self.predict(x, node), share_of(self.heard, x)
 
     def noise(self) -> Tensor:
         if self.drawn == self.evaluations:
@@ -175,21 +199,50 @@ class _Watched:
     def schedule(self) -> Schedule:
         return self.model.schedule
 
-    def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
+    def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         x0 = self.model.predict(x, node, **condition)
         self.evaluations += 1
         for what, tensor in (("the network was given", x), ("the network returned", x0)):
             bad = (~tensor.isfinite()).unsqueeze(-1).flatten(1).any(1).nonzero().flatten().tolist()
             if bad:
+                t, sigma = (v if isinstance(v, float) else float(v[bad[0]]) for v in (node.t, node.sigma))
                 raise FloatingPointError(
-                    f"{what} NaN or infinity at step {self.evaluations} (t = {node.t:g}, sigma = {node.sigma:.4g}) for "
+                    f"{what} NaN or infinity at step {self.evaluations} (t = {t:g}, sigma = {sigma:.4g}) for "
                     f"samples {bad[:8]}; check the noise, the network's weights, its dtype and its range of times"
                 )
         return x0
 
 
-def _finite(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or bool(x.isfinite().all())  # the one wait for the device, after the loop
+def finite(x: Tensor) -> bool:
+    """The one wait for the device, after the loop. A sum is finite only where all numbers are, and found sooner."""
+    return torch.compiler.is_compiling() or math.isfinite(x.sum()) or bool(x.isfinite().all())
+
+
+def read(plan: Plan | Sequence[Plan]) -> Plan | Stack:
+    """A plan, or one for each sample. Raises TypeError where it is neither."""
+    if isinstance(plan, Plan):
+        return plan
+    plans = tuple(plan) if isinstance(plan, list | tuple) else (plan,)
+    wrong = [one for one in plans if not isinstance(one, Plan)]
+    if wrong:
+        raise TypeError(
+            f"plan must come from fs.trace(solver, grid) or fs.Plan.load, or be a list of such plans with one for each "
+            f"sample, got {type(wrong[0]).__name__}"
+        )
+    return Stack(plans)
+
+
+def begin_at(plan: Plan | Stack, noise: Tensor, init: Tensor | None) -> Tensor:
+    """The state before the first row, from unit noise and perhaps an image."""
+    if isinstance(plan, Plan):
+        return _start(noise, init, plan.start, plan.warm)
+    if len(plan.plans) != len(noise):
+        raise ValueError(f"{len(plan.plans)} plans for a batch of {len(noise)}; give one for each sample")
+    if init is not None:
+        _check_init(init, noise)
+    inits = [None] * len(noise) if init is None else init.split(1)
+    each = zip(plan.plans, noise.split(1), inits)
+    return torch.cat([_start(z, x0, one.start, one.warm) for one, z, x0 in each])
 
 
 def _start(noise: Tensor, init: Tensor | None, first: Node, warm: Warm | None) -> Tensor:
@@ -199,12 +252,16 @@ def _start(noise: Tensor, init: Tensor | None, first: Node, warm: Warm | None) -
         return warm.begin(noise, first)
     if init is None:
         return noise * first.sigma
-    if init.shape != noise.shape:
-        raise ValueError(f"init has shape {tuple(init.shape)}, the noise {tuple(noise.shape)}; give both the same")
+    _check_init(init, noise)
     return first.alpha * init.to(noise) + first.sigma * noise
 
 
-def _source(noise: Noise | Tensor, *, stochastic: bool, name: str) -> Callable[[int], Tensor]:
+def _check_init(init: Tensor, noise: Tensor) -> None:
+    if init.shape != noise.shape:
+        raise ValueError(f"init has shape {tuple(init.shape)}, the noise {tuple(noise.shape)}; give both the same")
+
+
+def source(noise: Noise | Tensor, *, stochastic: bool, name: str) -> Callable[[int], Tensor]:
     """The noises of a run by number, 0 for the start, in the dtype of its state."""
     if not isinstance(noise, Noise | Tensor):
         raise TypeError(f"noise must come from fs.noise(...) or be a tensor, got {type(noise).__name__}")
@@ -223,7 +280,7 @@ def _source(noise: Noise | Tensor, *, stochastic: bool, name: str) -> Callable[[
     return draw
 
 
-def _check_model(model: Model) -> None:
+def check_model(model: Model) -> None:
     if not (hasattr(model, "predict") and hasattr(model, "schedule")):
         raise TypeError(
             f"a model has a `schedule` and `predict(x, node)`, {type(model).__name__} has not; wrap a network: "
@@ -231,22 +288,44 @@ def _check_model(model: Model) -> None:
         )
 
 
-def _check_fit(model: Model, plan: Plan) -> None:
+def check_fit(model: Model, plan: Plan | Stack) -> None:
     """A plan made for another schedule would sample in silence, and badly."""
     if torch.compiler.is_compiling():  # a graph cannot ask; the run without one does
         return
-    if plan.predicts and (predicts := prediction_of(model).name) != plan.predicts:
-        raise ValueError(
-            f"the plan was tuned for networks that predict {plan.predicts}, this model's predicts {predicts}; tune one "
-            f"for it"
-        )
+    predicts = prediction_of(model).name
+    for one in (plan,) if isinstance(plan, Plan) else {id(one): one for one in plan.plans}.values():
+        if one.predicts and predicts != one.predicts:
+            raise ValueError(
+                f"the plan was tuned for networks that predict {one.predicts}, this model's predicts {predicts}; tune "
+                f"one for it"
+            )
+        # asked at `Nodes`, it could not say so itself without a wait for the device
+        if predicts == "eps" and isinstance(plan, Stack) and any(row.node.alpha == 0 for row in one.rows):
+            raise ValueError(
+                f"an eps network says nothing of x0 at alpha = 0 (t = {one.start.t:g}); start every grid below it or "
+                f"use a network that predicts v, x0 or flow"
+            )
+        key = id(one), id(model.schedule)
+        if key not in _FITS:
+            _check_schedule(one, model.schedule)
+            if len(_FITS) >= 64:
+                _FITS.clear()
+            _FITS[key] = one, model.schedule
+
+
+# Plans and the schedules they were found to fit: to ask again costs more than the rest of a run on a small state. Both
+# never change, and while they stand here nothing else can have their ids.
+_FITS: dict[tuple[int, int], tuple[Plan, Schedule]] = {}
+
+
+def _check_schedule(plan: Plan, schedule: Schedule) -> None:
     nodes = [row.node for row in plan.rows]
     t = torch.tensor([node.t for node in nodes], dtype=torch.float64)
-    there = zip(model.schedule.alpha(t).tolist(), model.schedule.sigma(t).tolist())
+    there = zip(schedule.alpha(t).tolist(), schedule.sigma(t).tolist())
     for node, (alpha, sigma) in zip(nodes, there):
         if not (_close(node.alpha, alpha) and _close(node.sigma, sigma)):
             raise ValueError(
-                f"the plan was made for {plan.schedule} and does not fit this model's {model.schedule!r}: at "
+                f"the plan was made for {plan.schedule} and does not fit this model's {schedule!r}: at "
                 f"t = {node.t:g} sigma is {node.sigma:.6g} in the plan, {sigma:.6g} in the schedule; trace it on "
                 f"fs.grid(model.schedule, ...)"
             )

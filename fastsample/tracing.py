@@ -43,7 +43,7 @@ def trace(solver: Solver, grid: Grid, **options: Any) -> Plan:
         except _Unfit:
             raise ValueError(f"{name} cannot be written as a plan: {reasons[0]}") from reasons[0]
     plan = min(plans, key=lambda plan: plan.memory)
-    shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    shown = ", ".join(f"{key}={getattr(value, '__name__', repr(value))}" for key, value in options.items())
     return replace(plan, solver=f"{name}({shown})" if shown else name)
 
 

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastsample as fs
+from fastsample import solvers
 from fastsample.prediction import PREDICTIONS
+from fastsample.variance import predict_with_variance
+from fastsample.zoo.exact import GaussianMixture
 
 from .toys import REGULAR, SCHEDULES, Toy
 
@@ -229,3 +232,72 @@ def test_unknown_names_are_refused():
         fs.Denoiser(Toy(), VP, "noise")
     with pytest.raises(ValueError, match="unknown time 'step'; choose one of t, index, unit, sigma, log_sigma"):
         fs.Denoiser(Toy(), VP, time="step")
+
+
+SPLIT = torch.randn(3, 6, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = {"cond": {"label": torch.tensor([1.0, 2.0, 3.0])}, "uncond": {"label": torch.tensor([0.0, 0.0, 0.0])}}
+
+
+def labelled(x, t, label=None):
+    """eps and a variance that both depend on the label, row by row."""
+    label = torch.zeros(len(x)) if label is None else label
+    shift = label.view(-1, 1, 1, 1).to(x)
+    return torch.cat([x.tanh() + 0.1 * shift, torch.sin(x + shift)], 1)
+
+
+def test_a_predicted_variance_is_a_share_between_its_bounds():
+    node, x = fs.node(VP, 500.0), SPLIT[:, :3]
+    model = fs.Denoiser(Says(SPLIT), VP)
+    x0, share = predict_with_variance(model, x, node)
+    torch.testing.assert_close(share, (SPLIT[:, 3:] + 1) / 2)
+    assert torch.equal(x0, model.predict(x, node))
+    assert model.count.calls == 2  # its own count goes on
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_guidance_hands_on_the_variance_of_cond(scale, batched):
+    node, x, bottom = fs.node(VP, 500.0), SPLIT[:, :3], fs.Denoiser(labelled, VP)
+    guided = fs.Thresholded(fs.Guided(bottom, **LABELS, scale=scale, batched=batched))
+    x0, share = predict_with_variance(guided, x, node)
+    assert torch.equal(x0, guided.predict(x, node))
+    _, expected = predict_with_variance(bottom, x, node, **LABELS["cond"])
+    torch.testing.assert_close(share, expected)
+
+
+def test_ddpm_takes_the_variance_of_the_network_through_guidance():
+    guided = fs.Guided(fs.Denoiser(labelled, VP), **LABELS, scale=2.0)
+    noise = fs.noise((3, 4, 4), seeds=range(3), dtype=torch.float64)
+    grid = fs.grid(VP, 6)
+    x = fs.solve(guided, solvers.ddpm_learned, grid, noise)
+
+    expected = noise.draw(0) * grid.nodes[0].sigma
+    for k, (s, t) in enumerate(grid.steps()):
+        x0, share = predict_with_variance(guided, expected, s)
+        beta = 1 - (s.alpha / t.alpha) ** 2
+        smaller = beta * t.sigma**2 / s.sigma**2
+        mean = (s.alpha / t.alpha * t.sigma**2 * expected + t.alpha * beta * x0) / s.sigma**2  # Ho et al., Eq. 7
+        log_variance = share * math.log(beta) + (1 - share) * math.log(max(smaller, 1e-300))
+        expected = mean + (log_variance / 2).exp() * noise.draw(k + 2) if t.sigma > 0 else mean
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-9)
+
+
+def test_a_network_without_a_variance_is_refused():
+    noise = fs.noise((3, 4, 4), seeds=range(2))
+    for model in (fs.Denoiser(Toy(), VP), fs.Thresholded(fs.Denoiser(Toy(), VP))):
+        with pytest.raises(ValueError, match="3 channels for x of as many: it predicts no variance; use a solver"):
+            fs.solve(model, solvers.ddpm_learned, fs.grid(VP, 2), noise)
+    exact = GaussianMixture(VP, torch.ones(1), torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+    with pytest.raises(TypeError, match="GaussianMixture is no Denoiser around a network"):
+        fs.solve(exact, solvers.ddpm_learned, fs.grid(VP, 2), noise)
+
+
+def test_a_learned_variance_is_no_plan():
+    with pytest.raises(ValueError, match=r"size the network predicts, .* run it with fs.solve, or trace ddpm"):
+        fs.trace(solvers.ddpm_learned, fs.grid(VP, 2))
+
+
+def test_nan_in_a_run_with_learned_variance_is_found_where_it_arose():
+    network = Says(lambda x: torch.cat([x * torch.nan, x], 1))
+    with pytest.raises(FloatingPointError, match="the network returned NaN or infinity at step 1 "):
+        fs.solve(fs.Denoiser(network, VP), solvers.ddpm_learned, fs.grid(VP, 3), fs.noise((3, 4), seeds=[1, 2]))

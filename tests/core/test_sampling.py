@@ -9,6 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsample as fs
+from fastsample import zoo
+from fastsample.zoo.exact import Empirical, GaussianMixture
 
 from .toys import NOISY, ODE, SCHEDULES, Toy, adams_eps, churn, ddim, late_noise, long_noise, renoise, two_step
 
@@ -43,13 +45,61 @@ def test_a_plan_equals_the_direct_run(solver, steps):
     torch.testing.assert_close(ours, fs.solve(model(), solver, grid_of(solver, steps), noise), rtol=1e-11, atol=1e-12)
 
 
+BATCHES = ([5], [2, 3, 5, 7, 11, 13, 63])  # against the same samples among 64
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
 @EVERY
-def test_a_sample_does_not_depend_on_its_batch(solver):
+@DTYPES
+def test_a_sample_does_not_depend_on_its_batch(solver, dtype):
     plan = plan_of(solver)
-    many = fs.sample(model(), plan, seeded(64, dtype=torch.float64))
-    for seeds in ([5], [2, 3, 5, 7, 11, 13, 63]):
-        few = fs.sample(model(), plan, fs.noise(SHAPE, seeds=seeds, dtype=torch.float64))
-        assert torch.equal(few, many[seeds])
+    many = fs.sample(model(), plan, seeded(64, dtype=dtype))
+    for seeds in BATCHES:
+        assert torch.equal(fs.sample(model(), plan, fs.noise(SHAPE, seeds=seeds, dtype=dtype)), many[seeds])
+
+
+def mixture(shape, components=4):
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(components, generator=generator) + 0.1
+    means = torch.randn(components, *shape, generator=generator)
+    return GaussianMixture(VP, weights, means, 0.1 * torch.rand(components, *shape, generator=generator) + 0.01)
+
+
+@pytest.mark.parametrize("solver", [two_step, renoise], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["mixture of numbers", "mixture of images", "data", "guided", "thresholded"])
+@DTYPES
+def test_exact_models_give_a_sample_bit_for_bit_in_every_batch(kind, solver, dtype):
+    shape = (1, 8, 8) if kind == "mixture of images" else (7,)
+    data = torch.randn(50, 7, generator=torch.Generator().manual_seed(2))
+    inner = {
+        "data": lambda: Empirical(VP, data),
+        "guided": lambda: fs.Guided(fs.Denoiser(guidable, VP), {"c": 1.0}, {"c": 0.0}, scale=3.0, batched=False),
+        "thresholded": lambda: fs.Thresholded(mixture(shape), dynamic=0.9),
+    }.get(kind, lambda: mixture(shape))()
+    many = fs.sample(inner, plan_of(solver), fs.noise(shape, range(64), dtype=dtype))
+    for seeds in BATCHES:
+        assert torch.equal(fs.sample(inner, plan_of(solver), fs.noise(shape, seeds, dtype=dtype)), many[seeds])
+
+
+def guidable(x, t, c):
+    return 0.5 * x.tanh() + c
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-13)], ids=str)
+def test_a_trained_network_gives_a_sample_in_every_batch_to_rounding(dtype, tolerance):
+    """Not bit for bit: BLAS sums in other blocks for other batches. Rounding, some 4 times the size of x0 / eps."""
+    pytest.importorskip("diffusers")
+    inner = zoo.digits()
+    inner = fs.Denoiser(inner.network.to(dtype), inner.schedule, inner.prediction, dtype=dtype)
+    plan = fs.trace(two_step, fs.grid(inner.schedule, 4, fs.quadratic_t))
+
+    def run(seeds):
+        labels = {"class_labels": torch.tensor(seeds) % 10}
+        return fs.sample(inner, plan, fs.noise((1, 8, 8), seeds, dtype=dtype), condition=labels)
+
+    many = run(list(range(64)))
+    for seeds in BATCHES:
+        torch.testing.assert_close(run(seeds), many[seeds], rtol=0, atol=tolerance)
 
 
 def test_it_starts_at_the_noise_and_at_an_image():
@@ -130,6 +180,19 @@ def test_nothing_is_kept_between_runs_shapes_and_models(solver):
     first = fs.sample(model(), plan, noise)
     fs.sample(fs.Denoiser(Toy(), VP, "v"), plan, fs.noise((7,), seeds=range(2)))
     assert torch.equal(fs.sample(model(), plan, noise), first)
+
+
+def test_a_plan_is_asked_whether_it_fits_every_schedule_it_meets():
+    plan = plan_of(ddim)
+    for _ in range(2):
+        fs.sample(model(), plan, TENSOR)
+        with pytest.raises(ValueError, match="does not fit"):
+            fs.sample(model(fs.VP.linear()), plan, TENSOR)
+    for k in range(70):  # more than are remembered
+        other = fs.VP.linear(end=0.02 + k / 1e4)
+        with pytest.raises(ValueError, match="does not fit"):
+            fs.sample(model(other), plan, TENSOR)
+        fs.sample(model(other), fs.trace(ddim, fs.grid(other, 2)), TENSOR)
 
 
 def test_a_run_inside_a_run_disturbs_neither():
@@ -227,6 +290,154 @@ def test_a_model_made_of_the_float32_table_of_diffusers_fits():
     fs.sample(model(table), plan_of(ddim), TENSOR)
 
 
+# one plan for each sample
+
+
+def plans_of(solver, starts, steps=5, **options):
+    end = VP.t_min if solver is adams_eps else None
+    return [fs.trace(solver, fs.grid(VP, steps, start=start, end=end, **options)) for start in starts]
+
+
+STARTS = (999.0, 900.0, 555.5, 200.0)
+
+
+def alone(inner, plans, noise, **options):
+    """Every sample in a run of its own."""
+    init = options.get("init")
+    runs = []
+    for k, plan in enumerate(plans):
+        own = fs.noise(noise.sample_shape, [noise.seeds[k]], dtype=noise.dtype)
+        runs.append(fs.sample(inner, plan, own, init=None if init is None else init[k : k + 1]))
+    return torch.cat(runs)
+
+
+@EVERY
+def test_each_sample_follows_its_own_plan(solver):
+    plans, noise = plans_of(solver, STARTS), seeded(dtype=torch.float64)
+    # fused against separate multiplication and addition: some ten roundings of numbers up to 1 / alpha = 14
+    torch.testing.assert_close(
+        fs.sample(model(), plans, noise), alone(model(), plans, noise), rtol=1e-13, atol=1e-13
+    )  # fmt: skip
+
+
+@EVERY
+def test_each_sample_follows_its_own_plan_in_float32(solver):
+    plans, noise = plans_of(solver, STARTS), seeded()
+    torch.testing.assert_close(fs.sample(model(), plans, noise), alone(model(), plans, noise), rtol=1e-5, atol=1e-5)
+
+
+def test_plans_of_several_solvers_spacings_and_memories_run_together():
+    plans = [
+        fs.trace(two_step, fs.grid(VP, 6, fs.karras)),
+        plan_of(renoise, 6),
+        fs.trace(adams_eps, fs.grid(VP, 6, fs.quadratic_t, end=10.0)),
+        plan_of(churn, 6),
+        plan_of(long_noise, 6),
+        fs.trace(ddim, fs.grid(VP, 6, start=700.0, warm=fs.Gaussian(torch.tensor(0.1), torch.tensor(0.5)))),
+    ]
+    noise = seeded(6, dtype=torch.float64)
+    torch.testing.assert_close(
+        fs.sample(model(), plans, noise), alone(model(), plans, noise), rtol=1e-13, atol=1e-13
+    )  # fmt: skip
+
+
+def test_each_sample_starts_from_its_own_image_at_its_own_strength():
+    plans = [fs.trace(ddim, fs.grid(VP, steps, fs.uniform_t, strength=3 / steps)) for steps in (3, 5, 10, 30)]
+    noise, image = seeded(dtype=torch.float64), torch.randn(4, *SHAPE, dtype=torch.float64)
+    together = fs.sample(model(), plans, noise, init=image)
+    torch.testing.assert_close(together, alone(model(), plans, noise, init=image), rtol=1e-13, atol=1e-13)
+    away = (together - image).flatten(1).norm(dim=1)
+    assert away[0] > away[1] > away[2] > away[3]
+
+
+@EVERY
+def test_equal_plans_in_a_list_are_one_plan_bit_for_bit(solver):
+    noise, plan = seeded(), plan_of(solver)
+    for plans in ([plan] * 4, [plan_of(solver) for _ in range(4)]):
+        assert torch.equal(fs.sample(model(), plans, noise), fs.sample(model(), plan, noise))
+
+
+@pytest.mark.parametrize("kind", ["guided", "interval", "rescale", "thresholded", "mixture", "data"])
+def test_models_that_wrap_or_are_exact_follow_a_plan_for_each_sample(kind):
+    # a sine: tanh gives one number for all that is large, and rescale then divides rounding by rounding
+    base = fs.Denoiser(lambda x, t, c: 0.5 * x.sin() + (c + t / 5000).view(-1, 1, 1).to(x), VP)
+    given = {"scale": 3.0, **{"interval": {"interval": (-1.0, 1.0)}, "rescale": {"rescale": 0.5}}.get(kind, {})}
+    guided = fs.Guided(base, {"c": torch.ones(1)}, {"c": torch.zeros(1)}, batched=False, **given)
+    inner = {
+        "mixture": lambda: mixture(SHAPE),
+        "data": lambda: Empirical(VP, torch.randn(20, *SHAPE, generator=torch.Generator().manual_seed(0))),
+        "thresholded": lambda: fs.Thresholded(guided, dynamic=0.9),
+    }.get(kind, lambda: guided)()
+    plans, noise = plans_of(two_step, STARTS), seeded(dtype=torch.float64)
+    # exact models divide by sigma^2, down to 1e-3: their rounding is a thousand times larger
+    torch.testing.assert_close(
+        fs.sample(inner, plans, noise), alone(inner, plans, noise), rtol=1e-11, atol=1e-11
+    )  # fmt: skip
+
+
+def test_a_sample_with_its_own_plan_does_not_depend_on_its_batch():
+    plans = plans_of(two_step, [999.0 - 10 * k for k in range(64)])
+    many = fs.sample(model(), plans, seeded(64))
+    for seeds in BATCHES[1:]:
+        few = fs.sample(model(), [plans[seed] for seed in seeds], fs.noise(SHAPE, seeds))
+        assert torch.equal(few, many[seeds])
+
+
+def test_the_callback_and_the_trajectory_see_a_batch_of_plans():
+    seen, plans = [], plans_of(two_step, STARTS)
+    x0, states = fs.sample(model(), plans, seeded(), callback=lambda k, x, x0: seen.append(k), trajectory=True)
+    assert seen == list(range(5))
+    assert len(states) == 6
+    assert states[-1] is x0
+
+
+def test_a_vector_of_times_reaches_the_network():
+    """diffusers#1784: there a vector of times raises in every scheduler."""
+    inner = model()
+    fs.sample(inner, plans_of(ddim, STARTS), seeded())
+    assert [t.dtype for _, t in inner.network.seen] == [torch.float32] * 5
+    torch.testing.assert_close(inner.network.seen[0][1], torch.tensor(STARTS))
+
+
+@pytest.mark.parametrize(
+    ("error", "make", "says"),
+    [
+        (ValueError, lambda: fs.sample(model(), [plan_of(ddim, 3), plan_of(ddim, 4)] * 2, TENSOR),
+         "the plans of a batch take 3, 4 network evaluations; make all with the same"),
+        (ValueError, lambda: fs.sample(model(), [], TENSOR), "an empty list of plans"),
+        (ValueError, lambda: fs.sample(model(), plans_of(ddim, STARTS[:3]), TENSOR), "3 plans for a batch of 4"),
+        (ValueError, lambda: fs.sample(model(), [plan_of(ddim)] * 3, TENSOR), "3 plans for a batch of 4"),
+        (TypeError, lambda: fs.sample(model(), [plan_of(ddim), ddim], TENSOR[:2]), "got function"),
+        (ValueError, lambda: fs.sample(model(), [*plans_of(ddim, STARTS[:3]), plan_of(renoise, 5)], TENSOR),
+         "ddim, renoise adds noise at its steps"),
+        (ValueError, lambda: fs.sample(model(), plans_of(ddim, STARTS), TENSOR, init=TENSOR[:1]), "init has shape"),
+        (ValueError, lambda: fs.sample(model(), [
+            plan_of(ddim), fs.trace(ddim, fs.grid(fs.VP.linear(), 7))], TENSOR[:2]), "does not fit this model"),
+        (ValueError, lambda: fs.sample(
+            fs.Denoiser(Toy(), SCHEDULES["zero_terminal_snr"]),
+            [fs.trace(ddim, fs.grid(SCHEDULES["zero_terminal_snr"], 3, fs.uniform_t, start=t)) for t in (999.0, 9.0)],
+            TENSOR[:2]), "an eps network says nothing of x0 at alpha = 0"),
+    ],
+)  # fmt: skip
+def test_plans_that_cannot_be_run_together_are_refused(error, make, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_a_batch_of_plans_names_the_sample_that_breaks_and_its_time():
+    plans = plans_of(two_step, STARTS)
+    broken = fs.Denoiser(Breaks(1000, float("nan"), [2]), VP)
+    with pytest.raises(FloatingPointError, match=r"at step 1 \(t = 555.5, sigma = .*\) for samples \[2\]"):
+        fs.sample(broken, plans, seeded())
+
+
+def test_a_batch_of_plans_runs_where_numbers_cannot_be_read():
+    inner, seen = fs.Denoiser(lambda x, t: x * t.view(-1, 1, 1), VP), []
+    with pytest.raises(RuntimeError, match="meta"):
+        fs.sample(inner, plans_of(two_step, STARTS), TENSOR.to("meta"), callback=lambda k, x, x0: seen.append(k))
+    assert seen == list(range(5))
+
+
 # numbers that are not finite
 
 
@@ -280,6 +491,15 @@ def test_the_batch_of_single_numbers_has_its_bad_samples_named_too():
     broken = fs.Denoiser(Breaks(1000, float("nan"), [2]), VP)
     with pytest.raises(FloatingPointError, match=r"samples \[2\]"):
         fs.sample(broken, plan_of(ddim), TENSOR[:, 0, 0])
+
+
+def test_a_result_whose_sum_overflows_is_finite_all_the_same():
+    plan = plan_of(ddim)
+    huge = replace(plan, rows=(*plan.rows[:-1], replace(plan.rows[-1], b=(1e35,))))
+    far = fs.Denoiser(lambda x, t: torch.full_like(x, 3e3), VP, "x0")
+    ours = fs.sample(far, huge, TENSOR)
+    assert ours.sum().isinf()
+    torch.testing.assert_close(ours, torch.full_like(ours, 3e38))
 
 
 # modes of torch
@@ -338,10 +558,18 @@ def test_a_compiled_network_is_a_network():
 @pytest.mark.parametrize("solver", [two_step, ddim], ids=lambda f: f.__name__)
 def test_the_whole_loop_compiles_to_one_graph(solver):
     torch._dynamo.reset()
-    inner, plan = fs.Denoiser(Mixing(), VP), plan_of(solver)
+    inner, plan = fs.Denoiser(Mixing(), VP), plan_of(solver, 10)
     whole = torch.compile(lambda noise: fs.sample(inner, plan, noise), fullgraph=True, backend="aot_eager")
     for noise in (TENSOR, TENSOR + 1):
         torch.testing.assert_close(whole(noise), fs.sample(inner, plan, noise))
+
+
+def test_a_batch_of_plans_compiles_to_one_graph():
+    torch._dynamo.reset()
+    inner, plans = model(), plans_of(two_step, STARTS)
+    inner.network.forward = lambda x, t: 0.5 * x.tanh() + (t / 5000).view(-1, 1, 1)
+    whole = torch.compile(lambda noise: fs.sample(inner, plans, noise), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(TENSOR), fs.sample(inner, plans, TENSOR))
 
 
 def test_a_compiled_run_is_compiled_once():

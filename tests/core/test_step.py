@@ -5,7 +5,8 @@ import torch
 
 from fastsample.grid import Node
 from fastsample.plan import Row
-from fastsample.step import plan_step, reference
+from fastsample.step import mixed_step, plan_step, reference
+from fastsample.table import Mixed
 
 OP = torch.ops.fastsample.plan_step.default
 COUNTS = pytest.mark.parametrize(("memories", "noises"), [(0, 0), (1, 0), (2, 3), (0, 1)])
@@ -37,6 +38,41 @@ def test_a_row_is_its_numbers():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("p", "q"), [(0.0, 1.0), (0.0, 0.7), (0.3, 1.0), (0.3, 0.7)])
+def test_without_the_dispatcher_a_row_gives_the_same_bits(p, q, dtype):
+    x, x0, memory, drawn, p, q, a, b, c = given = arguments(2, 3, dtype, p=p, q=q)
+    before = [tensor.clone() for tensor in (x, x0, *memory, *drawn)]
+    out, m = plan_step(x, x0, memory, drawn, Row(Node(1.0, 0.5, 0.5), p, q, a, tuple(b), tuple(c)))
+    for ours, theirs in zip((out, m), OP(*given)):
+        assert torch.equal(ours, theirs)
+    assert all(torch.equal(one, other) for one, other in zip((x, x0, *memory, *drawn), before))
+    assert not {out.data_ptr()} & {t.data_ptr() for t in (x, x0, m, *memory, *drawn)}
+    assert (m is x0) == ((p, q) == (0.0, 1.0))  # remembered as it is; all else is new
+
+
+@COUNTS
+@pytest.mark.parametrize("which", ["all", "some", "none"])
+def test_a_row_of_several_plans_is_each_of_them(memories, noises, which):
+    x, x0, memory, drawn, *rest = arguments(memories, noises, p=0.0, q=1.0)
+    p, q, a, b, c = rest
+    other = (0.3, 0.7, 0.5, [n + 1 for n in b], [n + 1 for n in c])
+    if which != "all":
+        other = (p, q, a, b, [n + 1 for n in c]) if which == "some" else tuple(rest)
+
+    def both(one, two):
+        return one if one == two else torch.tensor([one, two], dtype=torch.float64).view(2, 1, 1)
+
+    row = Mixed(Node(1.0, 0.5, 0.5), *(both(*pair) for pair in zip(rest[:3], other[:3])),
+                *(tuple(both(*pair) for pair in zip(*lists)) for lists in zip(rest[3:], other[3:])))  # fmt: skip
+    before = [tensor.clone() for tensor in (x, x0, *memory, *drawn)]
+    results = mixed_step(x, x0, memory, drawn, row)
+    assert all(torch.equal(one, two) for one, two in zip((x, x0, *memory, *drawn), before))
+    for ours, first, second in zip(results, reference(x, x0, memory, drawn, *rest),
+                                   reference(x, x0, memory, drawn, *other)):  # fmt: skip
+        torch.testing.assert_close(ours, torch.stack([first[0], second[1]]))
+
+
 @COUNTS
 def test_torch_finds_no_fault_in_the_op(memories, noises):
     torch.library.opcheck(OP, arguments(memories, noises))
@@ -58,6 +94,20 @@ def test_what_it_is_given_is_left_alone_and_not_handed_back():
         tensors = (*given[:2], *given[2], *given[3])
         assert all(torch.equal(one, other) for one, other in zip(tensors, before))
         assert not {r.data_ptr() for r in results} & {t.data_ptr() for t in tensors}
+
+
+def test_what_has_a_factor_of_zero_is_not_read():
+    """The loop passes x in the place of a noise that no row uses."""
+    x, x0, memory, _, p, q, a, b, _ = arguments(1, 0)
+    expected = reference(x, x0, memory, [], p, q, a, b, [])
+    spoilt = torch.full_like(x, torch.nan)
+    zeros = (p, q, a, [*b, 0.0], [0.0])
+    row = Row(Node(1.0, 0.5, 0.5), p, q, a, (*b, 0.0), (0.0,))
+    mixed = Mixed(row.node, p, q, a, row.b, row.c)
+    given = x, x0, [*memory, spoilt], [spoilt]
+    for pair in (reference(*given, *zeros), OP(*given, *zeros), plan_step(*given, row), mixed_step(*given, mixed)):
+        for ours, theirs in zip(pair, expected):
+            assert torch.equal(ours, theirs)
 
 
 def test_memories_and_noises_beyond_its_numbers_are_not_used():
