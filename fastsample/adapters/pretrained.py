@@ -7,8 +7,10 @@ file; a folder whose files do not match is refused.
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ VERSION = 1
 SCHEDULES: dict[str, type[Schedule]] = {kind.__name__: kind for kind in (VP, VPContinuous, EDM, Flow)}
 
 
-def save_pretrained(model: Denoiser, folder: str | Path) -> None:
+def save_pretrained(model: Denoiser, folder: str | Path, *, null: int | None = None) -> None:
     """Write a denoiser of a diffusers network so that `from_pretrained`, and diffusers itself, can load it.
 
+    null: the class label that means no class, which guidance needs; None: that the model was loaded with, if any.
     The manifest is written last: a folder without a matching one was not finished, and is refused when loaded.
     """
     network: Any = getattr(model.network, "network", None)
@@ -36,6 +39,8 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
             f"save_pretrained needs a diffusers network wrapped by fs.from_diffusers, got "
             f"{type(model.network).__name__}; save other networks with safetensors"
         )
+    null = model.network.null if null is None else null
+    _check_null(null, model.network.config)
     names = [name for name, time in TIMES.items() if time is model.time]
     if not names:
         raise ValueError(
@@ -61,13 +66,14 @@ def save_pretrained(model: Denoiser, folder: str | Path) -> None:
         "predicts": model.prediction.name,
         "time": names[0],
         "schedule": {"type": type(model.schedule).__name__, **asdict(model.schedule)},  # type: ignore[call-overload]
+        **({} if null is None else {"null": null}),
         "sha256": hashes,
     }
     write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def from_pretrained(folder: str | Path) -> Denoiser:
-    """Load what `save_pretrained` wrote, in evaluation mode.
+    """Load what `save_pretrained` wrote, in evaluation mode; `model.network.null` is its label of no class, or None.
 
     Raises FileNotFoundError for a folder without `fastsample.json` or without a file that it names, ValueError for
     files that are damaged, of another version, or do not match their SHA-256.
@@ -83,6 +89,7 @@ def from_pretrained(folder: str | Path) -> Denoiser:
         settings = {**manifest["schedule"]}
         schedule = SCHEDULES[settings.pop("type")](**settings)
         name, predicts, time = (str(manifest[key]) for key in ("network", "predicts", "time"))
+        null = None if manifest.get("null") is None else operator.index(manifest["null"])
         hashes = dict(manifest["sha256"].items())
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no model manifest: {error!r}") from error
@@ -94,8 +101,15 @@ def from_pretrained(folder: str | Path) -> Denoiser:
             raise ValueError(
                 f"{folder / file} is damaged: SHA-256 is {found}, {MANIFEST} says {expected}; get it again"
             )
-    network = Sampled(_network_class(name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False))
-    return Denoiser(network.eval(), schedule, predicts, time=time)
+    network: Any = _network_class(name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    return Denoiser(Sampled(network, null=null).eval(), schedule, predicts, time=time)
+
+
+def _check_null(null: int | None, config: Mapping[str, Any]) -> None:
+    added = config.get("num_embeds_ada_norm")  # DiT has one more label than it counts
+    count = config.get("num_class_embeds") or (added + 1 if added else 0)
+    if null is not None and not (isinstance(null, int) and 0 <= null < count):
+        raise ValueError(f"null must be one of the network's {count} class labels, counted from 0, got {null!r}")
 
 
 def _network_class(name: str) -> Any:

@@ -137,3 +137,44 @@ def test_a_missing_file_is_called_missing(model, tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="safetensors is missing"):
         fs.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def labelled():
+    torch.manual_seed(0)
+    network = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, num_class_embeds=5,
+    )  # fmt: skip
+    return fs.from_diffusers(network.eval(), diffusers.DDPMScheduler())
+
+
+def test_the_label_of_no_class_is_saved_and_kept_when_saved_again(labelled, tmp_path):
+    fs.save_pretrained(labelled, tmp_path / "a", null=4)
+    loaded = fs.from_pretrained(tmp_path / "a")
+    assert loaded.network.null == 4
+    fs.save_pretrained(loaded, tmp_path / "b")
+    assert fs.from_pretrained(tmp_path / "b").network.null == 4
+
+
+def test_a_folder_without_a_label_of_no_class_has_none(labelled, tmp_path):
+    fs.save_pretrained(labelled, tmp_path)
+    assert "null" not in json.loads((tmp_path / "fastsample.json").read_text())
+    assert fs.from_pretrained(tmp_path).network.null is None
+
+
+def test_a_label_that_the_network_has_not_is_refused_as_null(labelled, model, tmp_path):
+    for null in (5, -1, 2.0):
+        with pytest.raises(ValueError, match=r"null must be one of the network's 5 class labels"):
+            fs.save_pretrained(labelled, tmp_path / "new", null=null)
+    with pytest.raises(ValueError, match=r"null must be one of the network's 0 class labels"):
+        fs.save_pretrained(model, tmp_path / "new", null=0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_manifest_with_a_null_that_is_no_label_is_refused(labelled, tmp_path):
+    fs.save_pretrained(labelled, tmp_path, null=4)
+    manifest = json.loads((tmp_path / "fastsample.json").read_text())
+    (tmp_path / "fastsample.json").write_text(json.dumps({**manifest, "null": "none"}))
+    with pytest.raises(ValueError, match=r"fastsample\.json is damaged"):
+        fs.from_pretrained(tmp_path)

@@ -38,24 +38,33 @@ NOISE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
                                          rescale_betas_zero_snr=True),
          fs.VP.linear().zero_terminal_snr(), "v", "trailing"),
         (lambda: diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"),
-         fs.VP.cosine(), "eps", "linspace"),
+         fs.VP.cosine(), "eps", "linspace of DPMSolverMultistepScheduler"),
         (lambda: diffusers.DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                                          prediction_type="sample"), fs.VP.scaled_linear(), "x0", "leading"),
         (lambda: diffusers.DDPMScheduler(beta_schedule="sigmoid", num_train_timesteps=100),
          fs.VP.sigmoid(steps=100), "eps", "leading"),
         (lambda: diffusers.DDPMScheduler(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3),
          fs.VP((0.1, 0.2, 0.3)), "eps", "leading"),
-        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), fs.Flow(shift=3.0), "flow", None),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), fs.Flow(shift=3.0), "flow",
+         "times of FlowMatchEulerDiscreteScheduler"),
         (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=2.0,
-                                                       prediction_type="flow_prediction"), fs.Flow(2.0), "flow", None),
+                                                       prediction_type="flow_prediction"), fs.Flow(2.0), "flow",
+         "times of DPMSolverMultistepScheduler"),
     ],
 )  # fmt: skip
 def test_a_scheduler_is_read(unet, scheduler, schedule, predicts, spacing):
-    for given in (scheduler(), scheduler().config, dict(scheduler().config)):
+    named = {**scheduler().config, "_class_name": type(scheduler()).__name__}  # as it stands in a file
+    for given in (scheduler(), named):
         model = fs.from_diffusers(unet, given)
         assert model.schedule == schedule
         assert model.prediction.name == predicts
         assert getattr(model.spacing, "__name__", None) == spacing
+
+
+def test_a_configuration_without_its_class_is_read_as_ddims(unet):
+    config = diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading").config
+    for given in (config, dict(config)):
+        assert fs.from_diffusers(unet, given).spacing.__name__ == "leading"
 
 
 def loop_of_diffusers(unet, scheduler, x):
@@ -99,7 +108,7 @@ def test_our_ddim_is_the_first_order_dpm_solver_of_diffusers(unet, spacing, pred
     )
     scheduler.set_timesteps(12)
     model = fs.from_diffusers(unet, scheduler)
-    plan = fs.trace(ddim, fs.grid(model.schedule, 12, spacing=fs.at_times(scheduler.timesteps.tolist())))
+    plan = fs.trace(ddim, fs.grid(model.schedule, 12, spacing=model.spacing))
     theirs = loop_of_diffusers(unet, scheduler, plan.start.sigma * NOISE)
     close(fs.sample(model, plan, NOISE, condition=LABELS), theirs)
 
@@ -108,8 +117,7 @@ def test_a_flow_is_the_loop_of_diffusers(unet):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(6)
     model = fs.from_diffusers(unet, scheduler)
-    unshifted = (scheduler.sigmas[:-1].double() / (3 - 2 * scheduler.sigmas[:-1].double())).tolist()
-    plan = fs.trace(ddim, fs.grid(model.schedule, 6, spacing=fs.at_times([1.0, *unshifted[1:]])))
+    plan = fs.trace(ddim, fs.grid(model.schedule, 6, spacing=model.spacing))
     close(fs.sample(model, plan, NOISE, condition=LABELS), loop_of_diffusers(unet, scheduler, NOISE))
 
 
@@ -164,8 +172,8 @@ def test_networks_with_another_signature_are_refused(network):
     ("config", "says"),
     [
         ({}, "lacks num_train_timesteps"),
-        ({"num_train_timesteps": 1000}, "neither betas nor a fixed shift"),
-        ({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}, "fixed shift"),
+        ({"num_train_timesteps": 1000}, "neither betas nor a shift"),
+        ({"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True}, "pass one of image_seq_len"),
         ({"num_train_timesteps": 500, "shift": 3.0}, "told 1000 sigma, but num_train_timesteps is 500"),
         ({"num_train_timesteps": 1000, "shift": 3.0, "invert_sigmas": True}, "invert_sigmas True"),
         ({**diffusers.DDPMScheduler().config, "beta_schedule": "wave"}, "beta_schedule 'wave'"),
