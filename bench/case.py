@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastsample.denoiser import Count, Denoiser, Model
+from fastsample.denoiser import Count, Denoiser, Model, begin
 from fastsample.grid import Node, Spacing, grid
-from fastsample.guidance import Guided
+from fastsample.guidance import Autoguided
 from fastsample.plan import Plan
 from fastsample.schedule import Schedule
 from fastsample.tracing import Solver, trace
+from fastsample.wrapper import rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,11 @@ class Counted:
     def schedule(self) -> Schedule:
         return self.model.schedule
 
+    def begin(self) -> Counted:
+        """The same counter over the model as one run sees it."""
+        self.model = begin(self.model)
+        return self
+
     def predict(self, x: Tensor, node: Node, **condition: Any) -> Tensor:
         self.evaluations += 1
         return self.model.predict(x, node, **condition)
@@ -142,14 +148,15 @@ def cost(case: Case, counted: Counted, batch: int) -> Cost:
         raise ValueError(f"the plan promises nfe = {nfe}, but the model was evaluated {counted.evaluations} times")
     if count is None:
         return Cost(nfe, None, None)
-    guided = any(isinstance(layer, Guided) for layer in _layers(case.model))
-    if not nfe * batch <= count.rows <= nfe * batch * (2 if guided else 1):
-        allowed = f"{nfe} to {2 * nfe} with guidance" if guided else f"{nfe}"
+    promised = rows(case.model, case.plan)
+    weak = any(isinstance(layer, Autoguided) for layer in _layers(case.model))  # whose rows are another network's
+    if count.rows != promised * batch and not weak:
         raise ValueError(
-            f"the plan promises nfe = {nfe}, but the network saw {count.rows / batch:g} rows for each sample in "
-            f"{count.calls} calls (allowed: {allowed}); a model that evaluates its network more than once must say so"
+            f"the plan promises nfe = {nfe}, {promised} rows of the network for each sample, but it saw "
+            f"{count.rows / batch:g} in {count.calls} calls; a model that evaluates its network more than once must say "
+            f"so: see fs.Wrapper"
         )
-    return Cost(nfe, count.calls, count.rows / batch)
+    return Cost(nfe, count.calls, float(promised))
 
 
 class _CountedNetwork:

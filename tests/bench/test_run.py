@@ -184,7 +184,10 @@ def test_a_network_evaluated_more_often_than_promised_fails_its_case_and_no_othe
     cases = bench.Case.product(model={"greedy": greedy, "honest": model}, solver=toys["ddim"], steps=4)
     with pytest.warns(UserWarning, match="1 of 2 cases failed"):
         bad, good = sweep(cases=cases, latency=bench.latency(rounds=1))
-    assert "greedy/ddim/4: ValueError: the plan promises nfe = 4, but the network saw 8 rows" in bad.error
+    assert (
+        "greedy/ddim/4: ValueError: the plan promises nfe = 4, 4 rows of the network for each sample, but it saw 8"
+        in bad.error
+    )
     assert bad.latency is None
     assert good.error is None
     assert good.latency is not None
@@ -202,7 +205,7 @@ def test_a_wrapper_that_hides_an_evaluation_from_the_plan_is_caught(sweep, toys,
             return self.last
 
     cases = bench.Case.product(model={"lazy": Skips()}, solver=toys["ddim"], steps=4)
-    with pytest.warns(UserWarning, match="saw 1 rows"):
+    with pytest.warns(UserWarning, match="it saw 1 in 1 calls"):
         sweep(cases=cases)
 
 
@@ -216,6 +219,16 @@ def test_guidance_costs_two_rows_an_evaluation(sweep, toys, batched):
         guided = fs.Guided(toys["toy"](network), {"shift": 0.1}, {"shift": 0.1}, scale=2.0)
     (record,) = sweep(cases=bench.Case.product(model={"g": guided}, solver=toys["ddim"], steps=4))
     assert (record.nfe, record.rows, record.calls) == (4, 8, 4 if batched else 8)
+
+
+def test_guidance_that_remembers_starts_anew_with_every_batch(sweep, toys):
+    def network(x, t, shift):
+        return 0.5 * x + shift
+
+    kept = fs.Guided(toys["toy"](network), {"shift": 0.1}, {"shift": 0.0}, scale=2.0, batched=False, reuse=2)
+    (record,) = sweep(cases=bench.Case.product(model={"g": kept}, solver=toys["ddim"], steps=4))
+    assert record.error is None
+    assert (record.nfe, record.rows) == (4, 6)
 
 
 def test_a_count_of_evaluations_unlike_the_plan_is_an_error(toys, model):
