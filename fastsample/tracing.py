@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .grid import Grid, Node
 from .plan import Plan, Row
-from .prediction import EPS, X0, Prediction
+from .prediction import EPS, FLOW, X0, Prediction
 
 Solver = Callable[..., Tensor]
 
@@ -31,17 +31,16 @@ def trace(solver: Solver, grid: Grid, **options: Any) -> Plan:
     """
     name = name_of(solver, grid)
     plans, reasons = [], []
-    for memory in (X0, EPS):
-        try:
-            tape = Tape(memory, name, limit=8)
-            plans.append(_read(tape, solver, grid, options))
-        except _Unfit as reason:
-            reasons.append(reason)
-    if not plans:
-        try:
-            plans.append(_read(Tape(X0, name, limit=None), solver, grid, options))
-        except _Unfit:
-            raise ValueError(f"{name} cannot be written as a plan: {reasons[0]}") from reasons[0]
+    for limit in (16, None):
+        for memory in (X0, EPS, FLOW):
+            try:
+                plans.append(_read(Tape(memory, name, limit), solver, grid, options))
+            except _Unfit as reason:
+                reasons.append(reason)
+        if plans:
+            break
+    else:
+        raise ValueError(f"{name} cannot be written as a plan: {reasons[0]}") from reasons[0]
     plan = min(plans, key=lambda plan: plan.memory)
     shown = ", ".join(f"{key}={getattr(value, '__name__', repr(value))}" for key, value in options.items())
     return replace(plan, solver=f"{name}({shown})" if shown else name)
@@ -194,7 +193,7 @@ class Tape:
     def _pair(self, node: Node) -> tuple[Fraction, Fraction]:
         if self.memory is X0:
             return Fraction(0), Fraction(1)
-        if node.alpha == 0:
+        if self.memory is EPS and node.alpha == 0:
             raise _Unfit(f"eps says nothing of x0 at alpha = 0 (t = {node.t:g})")
         p, q = self.memory.output(Fraction(node.alpha), Fraction(node.sigma))
         return p, q

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -20,11 +21,31 @@ def ddpm(model: Predictor, x: Tensor, grid: Grid, *, large: float = 0.0) -> Tens
     Any grid and schedule, where the paper visits every index of its own table.
     """
     for s, t in grid.steps():
-        x0 = model.predict(x, s)
-        x = (s.alpha / t.alpha * (t.sigma / s.sigma) ** 2) * x + t.alpha * gained(s, t) * x0
+        x = _posterior_mean(x, model.predict(x, s), s, t)
         if t.sigma > 0:
             std = s.sigma**large * t.sigma ** (1 - large) * math.sqrt(gained(s, t))
             x = x + std * model.noise()
+    return x
+
+
+def ddpm_learned(model: Predictor, x: Tensor, grid: Grid) -> Tensor:
+    """`ddpm` with the variance that the network predicts ("learned_range"). In `fs.solve` only: it is no plan.
+
+    The network's second half of channels places each number's variance between those of large=0 and large=1, on a
+    logarithmic scale: Nichol and Dhariwal 2021, arXiv:2102.09672, Eq. 15. Raises ValueError where a model has none.
+    """
+    predict: Any = getattr(model, "predict_with_variance", None)
+    if predict is None:
+        raise ValueError(
+            "ddpm_learned adds noise whose size the network predicts, which no table of numbers holds; run it with "
+            "fs.solve, or trace ddpm, whose variance is fixed"
+        )
+    for s, t in grid.steps():
+        x0, share = predict(x, s)
+        x = _posterior_mean(x, x0, s, t)
+        if t.sigma > 0:
+            smallest = t.sigma * math.sqrt(gained(s, t))
+            x = x + smallest * (s.sigma / t.sigma) ** share * model.noise()
     return x
 
 
@@ -43,6 +64,16 @@ def ddim(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 0.0) -> Tensor
         if fresh > 0:
             x = x + fresh * model.noise()
     return x
+
+
+def _posterior_mean(x: Tensor, x0: Tensor, s: Node, t: Node) -> Tensor:
+    """The mean of q(x_t | x_s, x0). Ho et al. 2020, arXiv:2006.11239, Eq. 7, for any schedule."""
+    return (s.alpha / t.alpha * (t.sigma / s.sigma) ** 2) * x + t.alpha * gained(s, t) * x0
+
+
+def noised(model: Predictor, x: Tensor, s: Node, t: Node, s_noise: float = 1.0) -> Tensor:
+    """A draw from q(x_t | x_s): x forward from node s to a noisier node t, with noise of standard deviation s_noise."""
+    return (t.alpha / s.alpha) * x + (s_noise * t.sigma * math.sqrt(gained(t, s))) * model.noise()
 
 
 def gained(s: Node, t: Node) -> float:

@@ -16,15 +16,29 @@ from fastsample.zoo.exact import GaussianMixture
 
 @dataclass(frozen=True)
 class Case:
-    """order: of the error against the exact ODE, None where noise is added. evaluations: a step, at finite h."""
+    """order: of the error against the exact ODE, None where noise is added. evaluations: a step, at finite h.
+
+    first: only so many steps take them, the later ones one. memory: the most evaluations that a plan remembers.
+    from_alpha_0: may the grid start at alpha = 0? through: is that step then like any other?
+    """
 
     solver: Solver
     order: float | None
     evaluations: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    first: int = 10**9
+    memory: int = 5
+    from_alpha_0: bool = True
+    through: bool = False
 
     def __str__(self) -> str:
-        return "-".join([self.solver.__name__, *(f"{key}={value:g}" for key, value in self.options.items())])
+        shown = (f"{key}={value if isinstance(value, str) else f'{value:g}'}" for key, value in self.options.items())
+        return "-".join([self.solver.__name__, *shown])
+
+    def nfe(self, grid: fs.Grid) -> int:
+        """Evaluations on a grid, whose steps that are infinite in lam take one."""
+        infinite = sum(t.sigma == 0 or (s.alpha == 0 and not self.through) for s, t in grid.steps())
+        return len(grid) + (self.evaluations - 1) * min(len(grid) - infinite, self.first)
 
 
 CASES = [
@@ -35,17 +49,69 @@ CASES = [
     Case(solvers.dpmpp_3m, 3),
     Case(solvers.dpmpp_3m, 2, options={"curvature": 0.5}),
     Case(solvers.dpmpp_2s, 2, evaluations=2),
-    Case(solvers.heun, 2, evaluations=2),
+    Case(solvers.heun, 2, evaluations=2, from_alpha_0=False),
+    Case(solvers.dpmpp_3s, 3, evaluations=3),
+    Case(solvers.dpm_solver_1, 1, from_alpha_0=False),
+    Case(solvers.dpm_solver_2, 2, evaluations=2, from_alpha_0=False),
+    Case(solvers.dpm_solver_3, 3, evaluations=3, from_alpha_0=False),
+    Case(solvers.dpm_solver_2m, 2, from_alpha_0=False),
+    Case(solvers.dpm_solver_3m, 3, from_alpha_0=False),
+    Case(solvers.dpm_solver_3m, 2, options={"curvature": 0.5}, from_alpha_0=False),
+    Case(solvers.unipc_1, 2),
     Case(solvers.unipc_2, 3),
     Case(solvers.unipc_3, 4),
-    Case(solvers.unipc_3, 2, options={"lower_order_final": True}),
+    Case(solvers.unipc_2, 2, options={"corrector": False}),
+    Case(solvers.unipc_3, 3, options={"corrector": False}),
+    Case(solvers.unipc_2, 3, options={"variant": "bh1"}, from_alpha_0=False),
+    Case(solvers.unipc_3, 4, options={"predicts": "eps", "variant": "bh1"}, from_alpha_0=False),
+    Case(solvers.multistep, 3, from_alpha_0=False),
+    Case(solvers.multistep, 4, options={"order": 4}, from_alpha_0=False),
+    Case(solvers.multistep, 4, options={"corrector": True}, from_alpha_0=False),
+    Case(solvers.multistep, 2, options={"predicts": "eps", "variable": "lam", "order": 2}, from_alpha_0=False),
+    Case(solvers.multistep, 3, options={"predicts": "x0"}),
+    Case(solvers.multistep, 3, options={"predicts": "x0", "variable": "lam", "order": 2, "corrector": True}),
+    Case(solvers.multistep, 3, options={"predicts": "flow", "variable": "tau"}),
+    Case(solvers.multistep, 4, options={"predicts": "flow", "variable": "tau", "corrector": True}),
+    Case(solvers.deis, 3, from_alpha_0=False),
+    Case(solvers.lms, 4, from_alpha_0=False),
+    Case(solvers.ipndm, 2, from_alpha_0=False),
+    Case(solvers.ipndm_v, 4, from_alpha_0=False),
+    Case(solvers.pndm, 2, evaluations=4, first=3, memory=13, from_alpha_0=False),
+    Case(solvers.plms, 2, evaluations=2, first=1, from_alpha_0=False),
+    Case(solvers.flow_heun, 2, evaluations=2, through=True),
+    Case(solvers.flow_2m, 2),
     Case(solvers.ddim, None, options={"eta": 0.5}),
     Case(solvers.ddim, None, options={"eta": 1.0}),
     Case(solvers.ddpm, None),
     Case(solvers.ddpm, None, options={"large": 1.0}),
     Case(solvers.euler, None, options={"s_churn": 2.0, "s_tmin": 0.05, "s_noise": 1.007}),
-    Case(solvers.heun, None, evaluations=2, options={"s_churn": 2.0, "s_tmin": 0.05, "s_noise": 1.007}),
+    Case(solvers.heun, None, 2, {"s_churn": 2.0, "s_tmin": 0.05, "s_noise": 1.007}, from_alpha_0=False),
+    Case(solvers.sde_dpmpp_1, 1, options={"eta": 0.0}),
+    Case(solvers.sde_dpmpp_2m, 2, options={"eta": 0.0}),
+    Case(solvers.sde_dpmpp_3m, 3, options={"eta": 0.0}),
+    Case(solvers.sde_dpmpp_2s, 2, evaluations=2, options={"eta": 0.0}),
+    Case(solvers.euler_ancestral, 1, options={"eta": 0.0}),
+    Case(solvers.dpm2_ancestral, 2, evaluations=2, options={"eta": 0.0}),
+    Case(solvers.dpmpp_2s_ancestral, 2, evaluations=2, options={"eta": 0.0}),
+    Case(solvers.sa_solver, 4, options={"tau": 0.0}),
+    Case(solvers.sa_solver, 3, options={"tau": 0.0, "corrector": 0}),
+    Case(solvers.sa_solver, 2, options={"tau": 0.0, "predictor": 1, "corrector": 2}),
+    Case(solvers.tcd, 1, options={"gamma": 0.0}),
+    Case(solvers.sde_dpmpp_1, None, options={"eta": 0.5}),
+    Case(solvers.sde_dpmpp_2m, None),
+    Case(solvers.sde_dpmpp_2m, None, options={"eta": 0.4, "s_noise": 1.003, "midpoint": False}),
+    Case(solvers.sde_dpmpp_3m, None),
+    Case(solvers.sde_dpmpp_3m, None, options={"curvature": 0.5}),
+    Case(solvers.sde_dpmpp_2s, None, evaluations=2),
+    Case(solvers.euler_ancestral, None),
+    Case(solvers.euler_ancestral, None, options={"eta": 0.6, "s_noise": 1.003}),
+    Case(solvers.dpm2_ancestral, None, evaluations=2),
+    Case(solvers.dpmpp_2s_ancestral, None, evaluations=2, options={"eta": 0.6}),
+    Case(solvers.sa_solver, None),
+    Case(solvers.sa_solver, None, options={"tau": 0.6, "predictor": 2, "corrector": 0}),
     Case(solvers.consistency, None),
+    Case(solvers.tcd, None),
+    Case(solvers.tcd, None, options={"gamma": 1.0}),
 ]
 DETERMINISTIC = [case for case in CASES if case.order]
 
@@ -63,7 +129,8 @@ SCHEDULES = {
 def grids(case: Case, schedule: fs.Schedule, steps: int) -> Iterator[fs.Grid]:
     """A grid that ends at sigma = 0 and one that ends above it, from t_max where the solver can start there."""
     start = None
-    if case.solver is solvers.heun and not schedule.alpha(schedule.t_max) > 0:
+    # nor where alpha = 5e-5 (cosine): dividing by it, and long extrapolations from there, leave few digits
+    if not case.from_alpha_0 and not schedule.alpha(schedule.t_max) > 1e-3:
         start = 0.98 * schedule.t_max
     zero = not schedule.alpha(schedule.t_max if start is None else start) > 0
     yield fs.grid(schedule, steps, fs.uniform_t if zero else fs.uniform_lam, start=start)

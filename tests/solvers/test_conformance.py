@@ -12,32 +12,24 @@ EVERY = [(case, name) for case in CASES for name in SCHEDULES]
 
 
 @pytest.mark.parametrize(("case", "name"), EVERY, ids=[f"{case}-{name}" for case, name in EVERY])
-def test_a_plan_equals_the_direct_run_of_its_solver(case, name):
+def test_a_plan_equals_the_direct_run_of_its_solver_and_evaluates_as_often_as_its_docstring_says(case, name):
     schedule = SCHEDULES[name]
     noise = fs.noise((2,), seeds=range(3), dtype=torch.float64)
-    for steps in (1, 2, 3, 7):
+    for steps in (1, 2, 6):
         for grid in grids(case, schedule, steps):
             plan = fs.trace(case.solver, grid, **case.options)
-            assert plan.memory <= 4
+            assert plan.memory <= case.memory
             assert plan.stochastic == _adds_noise(case, grid)
-            for model in (Toy(schedule), mixture(schedule)):
+            toy = Toy(schedule)
+            direct = fs.solve(toy, case.solver, grid, noise, **case.options)
+            assert plan.nfe == len(toy.calls) == case.nfe(grid)
+            assert [row.node for row in plan.rows] == toy.calls
+            # float64 rounds to 1e-16; the rewriting of a state by others loses some digits of it
+            torch.testing.assert_close(fs.sample(toy, plan, noise), direct, rtol=1e-9, atol=1e-9)
+            if steps == 6:  # and on a flow that bends
+                model = mixture(schedule)
                 direct = fs.solve(model, case.solver, grid, noise, **case.options)
-                # float64 rounds to 1e-16; the rewriting of a state by others loses some digits of it
                 torch.testing.assert_close(fs.sample(model, plan, noise), direct, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(("case", "name"), EVERY, ids=[f"{case}-{name}" for case, name in EVERY])
-def test_a_solver_evaluates_as_often_as_its_plan_and_its_docstring_say(case, name):
-    schedule = SCHEDULES[name]
-    noise = fs.noise((2,), seeds=range(2), dtype=torch.float64)
-    for steps in (1, 2, 3, 7):
-        for grid in grids(case, schedule, steps):
-            model = Toy(schedule)
-            fs.solve(model, case.solver, grid, noise, **case.options)
-            plan = fs.trace(case.solver, grid, **case.options)
-            infinite = sum(s.alpha == 0 or t.sigma == 0 for s, t in grid.steps())
-            assert plan.nfe == len(model.calls) == case.evaluations * (steps - infinite) + infinite
-            assert [row.node for row in plan.rows] == model.calls
 
 
 def test_a_deterministic_plan_needs_no_noise_but_the_first():
@@ -64,4 +56,8 @@ def _adds_noise(case, grid):
         return False
     if "s_churn" in case.options:
         return any(s.alpha == 0 or s.sigma / s.alpha >= case.options["s_tmin"] for s, _ in grid.steps())
+    if case.solver is solvers.tcd:  # nothing lies below t_min to add noise from
+        return any(t.t > grid.schedule.t_min for _, t in grid.steps())
+    if case.solver is solvers.tcd:  # down to t_min without noise
+        return any(t.t > grid.schedule.t_min for _, t in grid.steps())
     return any(t.sigma > 0 for _, t in grid.steps())

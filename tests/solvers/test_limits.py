@@ -12,7 +12,8 @@ from .cases import CASES, DETERMINISTIC, SCHEDULES, Toy, grids, mixture
 
 VP = fs.VP.linear()
 NOISE = fs.noise((2,), seeds=range(4), dtype=torch.float64)
-FROM_ALPHA_0 = [case for case in CASES if case.solver is not solvers.heun]
+FROM_ALPHA_0 = [case for case in CASES if case.from_alpha_0]
+NOT_FROM_ALPHA_0 = [case for case in DETERMINISTIC if not case.from_alpha_0 and case.solver is not solvers.heun]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -21,8 +22,8 @@ def test_a_start_at_alpha_0_is_the_limit_of_starts_near_it(case, shift):
     schedule = fs.Flow(shift)
     for end in (None, 0.05):
         grid = fs.grid(schedule, 6, fs.uniform_t, end=end)
-        # 2S has a node halfway in lam, which for 1e-300 would be nearer to t = 1 than float64 can say
-        alpha = 1e-12 if case.solver is solvers.dpmpp_2s else 1e-300
+        # 2S and 3S have nodes in between in lam, which for 1e-300 would be nearer to t = 1 than float64 can say
+        alpha = 1e-12 if case.solver in (solvers.dpmpp_2s, solvers.dpmpp_3s) else 1e-300
         near = fs.Grid(schedule, (fs.Node(1.0, alpha, 1.0), *grid.nodes[1:]))
         limit, close = (fs.solve(Toy(schedule), case.solver, g, NOISE, **case.options) for g in (grid, near))
         # lam = -690 there, and the differences to that evaluation fade as h / 690, up to four of them
@@ -37,6 +38,16 @@ def test_heun_refuses_a_start_at_alpha_0_and_says_what_to_do(options):
         fs.solve(Toy(fs.Flow()), solvers.heun, grid, NOISE, **options)
     with pytest.raises(ValueError, match=remedy):
         fs.trace(solvers.heun, grid, **options)
+
+
+@pytest.mark.parametrize("case", NOT_FROM_ALPHA_0, ids=str)
+def test_solvers_that_divide_by_alpha_refuse_a_start_at_alpha_0_and_say_what_to_do(case):
+    grid = fs.grid(fs.Flow(), 4, fs.uniform_t)
+    remedy = r"alpha = 0 \(t = 1\).*(start it at t < 1, or use a solver for x0|use variant='bh2', or start below)"
+    for run in (lambda: fs.solve(Toy(fs.Flow()), case.solver, grid, NOISE, **case.options),
+                lambda: fs.trace(case.solver, grid, **case.options)):  # fmt: skip
+        with pytest.raises(ValueError, match=remedy):
+            run()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -70,8 +81,9 @@ def test_float32_states_stay_near_float64(case):
         fs.solve(mixture(fs.VPContinuous()), case.solver, grid, noise, **case.options) for noise in (z.float(), z)
     )
     assert single.dtype == torch.float32
-    # 1e-7 a step, and 200 times that in the frame of Heun, whose x / alpha starts at alpha = 0.006
-    torch.testing.assert_close(single.double(), double, rtol=0, atol=5e-5)
+    # 1e-7 a step, and 200 times that in frames of eps, whose x / alpha starts at alpha = 0.006; a polynomial through
+    # four of its values has weights of up to ten
+    torch.testing.assert_close(single.double(), double, rtol=0, atol=5e-5 if case.options.get("order") != 4 else 5e-4)
 
 
 @pytest.mark.parametrize("steps", [300, 400, 600])
@@ -85,12 +97,13 @@ def test_steps_that_do_not_divide_the_table_converge_as_others_do(steps):
     assert error(steps) < 1.3 * error(250) * 250 / steps
 
 
-@pytest.mark.parametrize("steps", [1000, 1001])
+@pytest.mark.parametrize("table", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [case for case in CASES if case.options.get("s_churn") is None], ids=str)
-def test_more_steps_than_the_table_has_indices_are_finite(case, steps):
+def test_more_steps_than_the_table_has_indices_are_finite(case, table):
     """diffusers gives NaN in silence at 1001."""
-    grid = fs.grid(VP, steps)
-    end = fs.solve(mixture(VP), case.solver, grid, NOISE, **case.options)
+    schedule = fs.VP.linear(1e-1 / table, 20 / table, table)
+    grid = fs.grid(schedule, table + 1)
+    end = fs.solve(mixture(schedule), case.solver, grid, NOISE, **case.options)
     assert end.isfinite().all()
     assert end.abs().max() < 3
 
@@ -133,12 +146,12 @@ def test_the_default_dtype_of_torch_changes_nothing(case):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("h", [1e-9, 1e-4, 0.03, 0.999, 1.001, 4.0, 60.0])
+@pytest.mark.parametrize("h", [-800.0, -60.0, -4.0, -1.001, -0.03, 1e-9, 1e-4, 0.03, 0.999, 1.001, 4.0, 60.0])
 def test_the_moments_are_means_under_the_weight_at_every_step_size(h):
-    """By Gauss-Legendre, on [1 - 40 / h, 1] where the weight beyond is nothing."""
+    """By Gauss-Legendre, on the 40 / |h| next to the end where the weight is greatest; beyond it is nothing."""
     u, w = np.polynomial.legendre.leggauss(60)
-    low = max(0.0, 1 - 40 / h)
-    u = low + (1 - low) * (u + 1) / 2
-    w = w * np.exp(h * (u - 1))
+    u = min(1.0, 40 / abs(h)) * (u + 1) / 2
+    w = w * np.exp(-abs(h) * u)
+    u = u if h < 0 else 1 - u
     expected = [float((w * u**i).sum() / w.sum()) for i in (1, 2, 3, 4)]
     assert moments(h, 4) == pytest.approx(expected, rel=1e-12)
