@@ -1,0 +1,158 @@
+"""What the configuration of a diffusers scheduler tells `PlanScheduler`: schedule, times, how its network is asked.
+
+Most of it is `fastsample.adapters.schedulers`; here is what only a pipeline has: times handed in by the caller,
+networks whose input is scaled (EDM, Stable Video Diffusion), and bounds of x0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsample.adapters.diffusers import PREDICTS
+from fastsample.adapters.schedulers import CURVES, KNOWN, schedule_of, spacing_of
+from fastsample.grid import Node, Spacing, at_times, exponential, karras
+from fastsample.guidance import Thresholded
+from fastsample.prediction import PREDICTIONS, Prediction
+from fastsample.schedule import EDM, Flow, Schedule
+
+Config = Mapping[str, Any]
+Floats = NDArray[np.float64]
+
+EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+REPLACED = sorted({*KNOWN, *EDMS})
+
+
+def schedule_for(config: Config, kind: str, mu: float | None = None) -> Schedule:
+    """The schedule of a configuration of the class `kind`; mu: of a flow with `use_dynamic_shifting`, else not read.
+
+    Raises ValueError for a configuration that cannot be read, or without the mu that it needs.
+    """
+    if not _is_edm(config, kind):
+        dynamic = bool(config.get("use_dynamic_shifting"))
+        if dynamic and mu is None:
+            raise ValueError("this flow has use_dynamic_shifting: set_timesteps needs mu, the exponent of its shift")
+        return schedule_of(config, kind, mu=None if mu is None else float(mu)) if dynamic else schedule_of(config, kind)
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    if not low or not high:
+        raise ValueError(
+            f"the scheduler's configuration has sigma_min = {low} and sigma_max = {high}; a network that is told "
+            f"ln(sigma) / 4 needs both"
+        )
+    return EDM(float(low), float(high))
+
+
+def prediction_for(config: Config, schedule: Schedule) -> Prediction:
+    """What the network predicts. Raises ValueError for a `prediction_type` that is not known."""
+    name = config.get("prediction_type", "flow_prediction" if isinstance(schedule, Flow) else "epsilon")
+    if name not in PREDICTS:
+        raise ValueError(f"prediction_type {name!r} of the scheduler is not one of {', '.join(PREDICTS)}")
+    return PREDICTIONS[PREDICTS[name]]
+
+
+def spacing_for(schedule: Schedule, config: Config, kind: str) -> Spacing:
+    """Where the scheduler of this configuration evaluates."""
+    if isinstance(schedule, EDM):
+        if config.get("sigma_schedule") == "karras" or config.get("use_karras_sigmas"):
+            spaced: Any = partial(karras, rho=float(config.get("rho", 7.0)))
+            spaced.__name__ = "karras"
+            return spaced  # type: ignore[no-any-return]
+        if config.get("sigma_schedule") == "exponential" or config.get("use_exponential_sigmas"):
+            return exponential
+    spacing = spacing_of(config, kind)
+    if spacing is None or isinstance(schedule, EDM):
+        raise ValueError(f"the times of this configuration of {kind} are not known; pass spacing= of your own")
+    return spacing
+
+
+def spacing_given(schedule: Schedule, config: Config, timesteps: Floats | None, sigmas: Floats | None) -> Spacing:
+    """Through times as the network is told them, or through levels; of a flow, sigma before the shift."""
+    if isinstance(schedule, Flow):
+        levels = _bent(schedule, sigmas, config) if sigmas is not None else np.asarray(timesteps) / 1000
+        shift = schedule.shift
+        return at_times((levels / (shift - (shift - 1) * levels)).tolist())
+    if timesteps is not None:
+        return at_times((np.exp(4 * timesteps) if isinstance(schedule, EDM) else timesteps).tolist())
+    assert sigmas is not None
+    times = [float(schedule.time(-math.log(level))) for level in sigmas]
+    return at_times([min(t, schedule.t_max) if t < 1.001 * schedule.t_max else t for t in times])  # 14.615 is rounded
+
+
+def _bent(schedule: Flow, t: Floats, config: Config) -> Floats:
+    levels = np.array([schedule.unit(float(value)) for value in t])
+    if len(levels) < 2:
+        return levels
+    if terminal := config.get("shift_terminal"):
+        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    curve = next((CURVES[name] for name in CURVES if config.get(name)), None)
+    return curve(float(levels[0]), float(levels[-1]), len(levels)) if curve else levels
+
+
+def _is_edm(config: Config, kind: str) -> bool:
+    """Of EDM, or EulerDiscreteScheduler with continuous times (Stable Video Diffusion): told ln(sigma) / 4."""
+    svd = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return kind in EDMS or svd
+
+
+class Network:
+    """How the network of a configuration is asked, and what its answer says of x0."""
+
+    def __init__(self, schedule: Schedule, config: Config):
+        self.schedule, self.prediction = schedule, prediction_for(config, schedule)
+        self.scales = isinstance(schedule, EDM)  # the others see the state as it is
+        self.data = float(config.get("sigma_data", 1.0))
+        self.bounds = _bounds(schedule, config)
+
+    def told(self, at: Node) -> float:
+        return math.log(at.sigma) / 4 if self.scales else float(self.schedule.index(at.t))
+
+    def scale(self, at: Node) -> float:
+        return 1 / math.hypot(at.sigma, self.data) if self.scales else 1.0  # c_in of Karras et al. 2022, Table 1
+
+    def x0(self, x: Tensor, output: Tensor, at: Node) -> Tensor:
+        if output.shape != x.shape:
+            if output.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+                raise ValueError(
+                    f"the network returned shape {list(output.shape)} for a sample of {list(x.shape)}; expected the "
+                    f"same, or twice the channels where it predicts a variance"
+                )
+            output = output[:, : x.shape[1]]
+        u, w = self._pair(at)
+        x0 = (x * u).add_(output.to(x.dtype), alpha=w)
+        return x0 if self.bounds is None else self.bounds.predict(x0, at)
+
+    def _pair(self, at: Node) -> tuple[float, float]:
+        if not self.scales:
+            u, w = self.prediction.x0(at.alpha, at.sigma)
+            return float(u), float(w)
+        total = at.sigma**2 + self.data**2
+        out = at.sigma * self.data / math.sqrt(total)  # c_skip and c_out of Karras et al. 2022, Table 1
+        return self.data**2 / total, -out if self.prediction.name == "v" else out
+
+
+@dataclass(frozen=True)
+class _Itself:
+    """The model below `Thresholded` here: x0 is what it is given."""
+
+    schedule: Schedule
+
+    def predict(self, x: Tensor, node: Any, **condition: Any) -> Tensor:
+        return x
+
+
+def _bounds(schedule: Schedule, config: Config) -> Thresholded | None:
+    itself = _Itself(schedule)
+    if config.get("thresholding"):
+        # diffusers bounds the quantile itself by sample_max_value: the same as clipping there first
+        clipped = Thresholded(itself, limit=max(1.0, float(config.get("sample_max_value", 1.0))))
+        return Thresholded(clipped, dynamic=float(config.get("dynamic_thresholding_ratio", 0.995)))
+    if config.get("clip_sample"):
+        return Thresholded(itself, limit=float(config.get("clip_sample_range", 1.0)))
+    return None
