@@ -91,7 +91,8 @@ class Guidance(Wrapper):
         p, q = (per_sample(number, x) for number in prediction.output(node.alpha, node.sigma))
         u, w = (per_sample(number, x) for number in prediction.x0(node.alpha, node.sigma))
         output, target = p * x + q * guided, p * x + q * cond
-        factor = per_sample(_rows(target).std(1) / _rows(output).std(1), x)
+        wanted, found = _rows(target).std(1), _rows(output).std(1)
+        factor = per_sample(torch.where(found > 0, wanted / found, 1.0), x)  # what is constant has no scale to change
         rescaled: Tensor = u * x + w * (output * (1 + self.rescale * (factor - 1)))
         return rescaled
 

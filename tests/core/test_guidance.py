@@ -681,3 +681,13 @@ def test_what_remembers_refuses_a_plan_for_each_sample():
     plans = [fs.trace(ddim, fs.grid(VP, 6, spacing=spacing)) for spacing in (fs.uniform_t, fs.quadratic_t)]
     with pytest.raises(ValueError, match="one time for all samples"):
         fs.sample(guided(scale=2.0, reuse=2), plans, X)
+
+
+def test_rescaling_leaves_a_constant_prediction_as_it_is():
+    """Its standard deviation is 0, and so would divide by it."""
+    model = fs.Denoiser(lambda x, t, c: 0 * x + c[:, None], fs.EDM(), "x0")
+    c = torch.ones(2)
+    x, node = torch.ones(2, 3), fs.node(fs.EDM(), 1.0)
+    plain = fs.Guided(model, {"c": c}, {"c": 0 * c}, scale=3.0).predict(x, node)
+    rescaled = fs.Guided(model, {"c": c}, {"c": 0 * c}, scale=3.0, rescale=0.7).predict(x, node)
+    torch.testing.assert_close(rescaled, plain)
