@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +36,7 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends after Ctrl-C, without a word
-            print("stopped; demo and train go on from their last checkpoint when they are run again", file=sys.stderr)
+            print("stopped; demo, train and tune go on where they were when they are run again", file=sys.stderr)
         raise
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
@@ -63,11 +64,33 @@ def _picture(path: Path) -> Path:
     return path
 
 
+def _options(words: list[str] | None) -> dict[str, Any]:
+    """A solver's own options from words such as order=3."""
+    found: dict[str, Any] = {}
+    for word in words or []:
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise typer.BadParameter(f"--option is written name=value, such as order=3, got {word!r}")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value  # a word, such as variable=angle
+    return found
+
+
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
 Solver = Annotated[str, typer.Option(callback=_solver, help=f"One of {', '.join(solvers.SOLVERS)}.")]
 Steps = Annotated[int, typer.Option(min=1, help="Intervals of the grid.")]
 Spacing = Annotated[str, typer.Option(callback=_spacing, help=f"One of {', '.join(fs.SPACINGS)}.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count on.")]
+Option = Annotated[list[str] | None, typer.Option(help="An option of the solver, as name=value; may be repeated.")]
+End = Annotated[float | None, typer.Option(help="Time to stop at, in the schedule's units; without it sigma = 0.")]
+LowerOrderFinal = Annotated[
+    bool, typer.Option("--lower-order-final", help="Let the order of multistep solvers fall over the last steps.")
+]
+Label = Annotated[int | None, typer.Option(help="Class of every sample; without it the seeds take turns.")]
+Scale = Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")]
+Null = Annotated[int | None, typer.Option(help="Label that means no class, for --scale; digits know theirs.")]
 
 
 @app.command()
@@ -96,11 +119,10 @@ def sample(
         typer.Option(exists=True, dir_okay=False, help="Run this saved plan; solver, steps and spacing are ignored."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
-    label: Annotated[int | None, typer.Option(help="Class of every sample; without it the seeds take turns.")] = None,
-    scale: Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")] = 1.0,
-    null: Annotated[
-        int | None, typer.Option(help="Label that means no class, for --scale; digits know theirs.")
-    ] = None,
+    option: Option = None,
+    label: Label = None,
+    scale: Scale = 1.0,
+    null: Null = None,
     seed: Seed = 0,
     out: Annotated[
         Path,
@@ -113,21 +135,12 @@ def sample(
 
     from fastsample import bench
     from fastsample.files import folder, write
-    from fastsample.zoo.digits import NULL
 
     folder(out.parent)
     network = _load(model)
-    chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing)
-    seeds = range(seed, seed + count)
-    null = NULL if model == "digits" else null
-    condition, shape = _conditions(network, seeds, label, null)
-    source: fs.Model = network
-    if scale != 1:
-        if not condition or null is None:
-            need = "a model with class labels" if not condition else "--null, the label that means no class"
-            raise typer.BadParameter(f"--scale {scale:g} needs {need}")
-        source = fs.Guided(network, uncond={"class_labels": null}, scale=scale)
-    images = fs.sample(source, chosen, fs.noise(shape, seeds), condition=condition)
+    chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing, _options(option))
+    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    images = fs.sample(source, chosen, noise, condition=condition)
     write(out.with_suffix(".npz"), lambda path: np.savez(path, images=images.numpy()))
     rows = {f"seed {seed + 10 * k} on": part for k, part in enumerate(images[:MOST_SHOWN].split(10))}
     bench.sample_grid(rows, out)
@@ -136,21 +149,98 @@ def sample(
     typer.echo(f"{count} sample{plural} of {chosen.nfe} network evaluation{'s' * (chosen.nfe > 1)}: {out}{shown}")
 
 
-@app.command(name="plan")
+plan_app = typer.Typer(no_args_is_help=False, rich_markup_mode=None)
+app.add_typer(plan_app, name="plan")
+
+
+@plan_app.callback(invoke_without_command=True)
 def show_plan(
+    context: typer.Context,
     model: Model = "digits",
     solver: Solver = "dpmpp_2m",
     steps: Steps = 8,
     spacing: Spacing = "uniform_lam",
+    option: Option = None,
+    end: End = None,
+    lower_order_final: LowerOrderFinal = False,
     save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the plan as JSON.")] = None,
 ) -> None:
-    """Print exactly what a solver will compute."""
+    """Print exactly what a solver will compute; `plan pick` measures which one to take."""
+    if context.invoked_subcommand is not None:
+        return
     _need("diffusers")
-    made = _trace(_load(model), solver, steps, spacing)
+    made = _trace(_load(model), solver, steps, spacing, _options(option), end, lower_order_final)
     typer.echo(str(made))
     if save:
         made.save(save)
         typer.echo(f"saved to {save}")
+
+
+@plan_app.command(name="pick")
+def pick_plan(
+    model: Model = "digits",
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Network evaluations; may be repeated.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="How many noises to measure on.")] = 64,
+    end: End = None,
+    label: Label = None,
+    scale: Scale = 1.0,
+    null: Null = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path,
+        typer.Option(dir_okay=False, help="Where the best plan goes; for several --steps the number joins the name."),
+    ] = Path("plan.json"),
+) -> None:
+    """Measure hand-made plans on a model; print the ranking and save the best."""
+    _need("diffusers")
+    from fastsample.files import folder
+
+    folder(out.parent)
+    budgets = list(dict.fromkeys(steps or [8]))
+    network = _load(model)
+    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    reference = solvers.converged(source, noise, end=end, condition=condition)
+    for nfe in budgets:
+        ranking = solvers.pick(source, nfe, noise, end=end, condition=condition, reference=reference)
+        path = out if len(budgets) == 1 else out.with_stem(f"{out.stem}-{nfe}")
+        ranking.best.plan.save(path)
+        typer.echo(f"{ranking}\nsaved {ranking.best.name} to {path}")
+
+
+@app.command()
+def tune(
+    model: Model = "digits",
+    steps: Annotated[int, typer.Option(min=1, help="Network evaluations of the plan.")] = 8,
+    count: Annotated[int, typer.Option(min=4, help="Noises; a quarter is held out. Fewer than 500 overfit.")] = 512,
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder for plan.json, the report and the work so far.")
+    ] = Path("runs/tune"),
+    coefficients: Annotated[
+        bool, typer.Option("--coefficients", help="Fit all coefficients too, not the times alone.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from the work in the folder.")] = True,
+    end: End = None,
+    label: Label = None,
+    scale: Scale = 1.0,
+    null: Null = None,
+    seed: Seed = 0,
+) -> None:
+    """Fit the times of a plan to a model; a killed run goes on."""
+    _need("diffusers")
+    network = _load(model)
+    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    tuned = solvers.tune(
+        source,
+        steps,
+        noise,
+        coefficients=coefficients,
+        out=out,
+        resume=resume,
+        end=end,
+        condition=condition,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(f"{tuned}\nuse it with: fastsample sample --plan {out / 'plan.json'}")
 
 
 @app.command()
@@ -259,8 +349,33 @@ def _conditions(
     return {"class_labels": torch.tensor(labels)}, shape
 
 
-def _trace(model: fs.Denoiser, solver: str, steps: int, spacing: str) -> fs.Plan:
-    return fs.trace(solvers.get(solver), fs.grid(model.schedule, steps, spacing=fs.SPACINGS[spacing]))
+def _drawn(
+    network: fs.Denoiser, model: str, seeds: range, label: int | None, scale: float, null: int | None
+) -> tuple[fs.Model, fs.Noise, _Condition]:
+    """The model with its guidance, the noises and the conditions of these seeds."""
+    from fastsample.zoo.digits import NULL
+
+    null = NULL if model == "digits" else null
+    condition, shape = _conditions(network, seeds, label, null)
+    if scale == 1:
+        return network, fs.noise(shape, seeds), condition
+    if not condition or null is None:
+        need = "a model with class labels" if not condition else "--null, the label that means no class"
+        raise typer.BadParameter(f"--scale {scale:g} needs {need}")
+    return fs.Guided(network, uncond={"class_labels": null}, scale=scale), fs.noise(shape, seeds), condition
+
+
+def _trace(
+    model: fs.Denoiser,
+    solver: str,
+    steps: int,
+    spacing: str,
+    options: dict[str, Any],
+    end: float | None = None,
+    lower_order_final: bool = False,
+) -> fs.Plan:
+    grid = fs.grid(model.schedule, steps, fs.SPACINGS[spacing], end=end, lower_order_final=lower_order_final)
+    return fs.trace(solvers.get(solver), grid, **options)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -168,7 +167,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc, unused-i
             lower_order_final=bool(lower_order_final),
             final_sigmas_type=final_sigmas_type,
             unit_start=unit_start,
-            plan=None if self._ready is None else _to_json(self._ready),
+            plan=None if self._ready is None else json.loads(self._ready.to_json()),
             replaces=replaces,
         )
         self.num_inference_steps: int | None = None
@@ -659,14 +658,4 @@ def _load(plan: Plan | str | Path | Mapping[str, Any]) -> Plan:
         return plan
     if isinstance(plan, str | Path):
         return Plan.load(plan)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.json"
-        path.write_text(json.dumps(plan), encoding="utf-8")
-        return Plan.load(path)
-
-
-def _to_json(plan: Plan) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        plan.save(Path(folder) / "plan.json")
-        text: dict[str, Any] = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
-        return text
+    return Plan.from_json(json.dumps(plan))

@@ -35,7 +35,7 @@ def command(monkeypatch, capsys):
 def test_the_installed_script_prints_its_commands():
     script = Path(sysconfig.get_path("scripts")) / "fastsample"
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
-    for name in ("demo", "sample", "plan", "train", "doctor"):
+    for name in ("demo", "sample", "plan", "tune", "train", "doctor"):
         assert name in done.stdout
 
 
@@ -55,6 +55,42 @@ def test_a_saved_plan_gives_the_same_samples(command, tmp_path):
     assert a.shape == (4, 1, 8, 8)
     np.testing.assert_array_equal(a, b)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_solver_takes_its_options_from_the_command_line(command, tmp_path):
+    words = ["--solver", "multistep", "--option", "order=2", "--option", "variable=lam", "--steps", 3]
+    status, *_ = command("plan", *words, "--end", 5, "--lower-order-final", "--save", tmp_path / "p.json")
+    assert status == 0
+    grid = fs.grid(zoo.digits().schedule, 3, end=5.0, lower_order_final=True)
+    assert fs.Plan.load(tmp_path / "p.json") == fs.trace(solvers.multistep, grid, order=2, variable="lam")
+
+
+def test_picking_saves_the_best_of_each_number_of_evaluations(command, tmp_path):
+    words = ["plan", "pick", "--steps", 1, "--steps", 2, "--count", 4, "--end", 0]
+    status, out, _ = command(*words, "--out", tmp_path / "best.json")
+    assert status == 0
+    for nfe in (1, 2):
+        plan = fs.Plan.load(tmp_path / f"best-{nfe}.json")
+        assert plan.nfe == nfe
+        assert plan.end == fs.node(zoo.digits().schedule, 0)
+        assert f"of {nfe} evaluation" in out
+    assert "converged solution" in out
+
+
+def test_tuning_writes_a_plan_that_sample_runs_and_goes_on_when_it_is_run_again(command, tmp_path):
+    words = ["tune", "--steps", 2, "--count", 8, "--label", 3, "--scale", 2, "--out", tmp_path / "tune"]
+    status, out, said = command(*words)
+    assert status == 0
+    assert "update 1" in said
+    first = (tmp_path / "tune" / "plan.json").read_text()
+    status, again, said = command(*words)
+    assert status == 0
+    assert "update" not in said
+    assert again == out
+    assert (tmp_path / "tune" / "plan.json").read_text() == first
+    status, *_ = command("sample", "--plan", tmp_path / "tune" / "plan.json", "--count", 1, "--out", tmp_path / "x.png")
+    assert status == 0
+    assert fs.Plan.load(tmp_path / "tune" / "plan.json").nfe == 2
 
 
 def test_guidance_changes_the_samples_and_scale_1_does_not(command, tmp_path):
@@ -80,6 +116,11 @@ def test_a_seed_means_the_same_sample_whatever_the_count(command, tmp_path, labe
         (["plan", "--solver", "dpm9"], "dpmpp_2m"),
         (["plan", "--spacing", "cubic"], "uniform_lam"),
         (["plan", "--steps", "0"], "steps"),
+        (["plan", "--option", "order"], "order=3"),
+        (["plan", "pick", "--steps", "0"], "steps"),
+        (["plan", "pick", "--count", "1"], "count"),
+        (["tune", "--steps", "many"], "--steps"),
+        (["tune", "--label", "11"], "0 to 10"),
         (["plan", "--steps", "many"], "--steps"),
         (["train", "faces"], "digits"),
         (["sample", "--count", "0"], "count"),
@@ -103,7 +144,7 @@ def test_a_picture_that_is_no_png_is_refused_before_its_numbers_overwrite_it(com
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("words", [["sample", "--out"], ["plan", "--save"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["sample", "--out"], ["plan", "--save"], ["plan", "pick", "--out"]], ids=" ".join)
 def test_a_folder_in_the_place_of_a_file_is_refused_before_work_starts(command, tmp_path, words):
     (tmp_path / "there.png").mkdir()
     status, _, err = command(*words, tmp_path / "there.png")
@@ -124,6 +165,8 @@ def test_more_samples_than_fit_on_a_picture_are_all_written_down(command, tmp_pa
         (["demo"], ["accelerate", "matplotlib", "scikit-learn"], "pip install 'fastsample[train,bench,demo]'"),
         (["sample"], ["diffusers", "matplotlib"], "pip install 'fastsample[diffusers,bench]'"),
         (["plan"], ["diffusers"], "pip install 'fastsample[diffusers]'"),
+        (["plan", "pick"], ["diffusers"], "pip install 'fastsample[diffusers]'"),
+        (["tune"], ["diffusers"], "pip install 'fastsample[diffusers]'"),
         (["train", "digits"], ["scikit-learn"], "pip install 'fastsample[demo]'"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, list) else "",
@@ -170,7 +213,7 @@ def test_a_model_that_is_not_there_exits_with_1(command):
     assert "no model 'cats'" in err
 
 
-@pytest.mark.parametrize("words", [["sample", "--out"], ["demo", "--quick", "--out"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["sample", "--out"], ["demo", "--quick", "--out"], ["tune", "--out"]], ids=" ".join)
 def test_a_folder_that_cannot_be_written_fails_before_work_starts(command, tmp_path, words):
     (tmp_path / "file").write_text("in the way")
     status, _, err = command(*words, tmp_path / "file" / "below" / "x.png")
