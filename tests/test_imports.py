@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 WINGS = ["solvers", "distill", "kernels", "bench"]
 JOINS = {"fastsample", "fastsample.cli", "fastsample.demo"}  # they alone put wings together
 HEAVY = {"accelerate", "diffusers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tensorrt", "triton"}
-FILES = sorted(path for folder in ["fastsample", *WINGS] for path in (ROOT / folder).rglob("*.py"))
+STUDIES = ROOT / "bench" / "studies"  # scripts, no part of the package: they join wings as examples do
+FILES = sorted(
+    path for folder in ["fastsample", *WINGS] for path in (ROOT / folder).rglob("*.py") if STUDIES not in path.parents
+)
 
 
 @dataclass(frozen=True)

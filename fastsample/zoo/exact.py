@@ -6,12 +6,14 @@ separates a sample from the exact endpoint of the probability-flow ODE is the so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsample.gaussian import Gaussian
 from fastsample.grid import Node, Nodes, per_sample
 from fastsample.schedule import Schedule
 
@@ -71,17 +73,17 @@ def gaussian_flow(x: Tensor, s: Node, t: Node, mean: Tensor | float, variance: T
     x: [B, ...]; mean, variance: of the data, broadcast to a sample. Finite at alpha = 0 and at sigma = 0. Each
     coordinate keeps its distance to the mean in standard deviations of its marginal, sqrt(alpha^2 v + sigma^2).
     """
-    mean, variance = (torch.as_tensor(a, dtype=torch.float64).to(x) for a in (mean, variance))
-    ratio = ((t.alpha**2 * variance + t.sigma**2) / (s.alpha**2 * variance + s.sigma**2)).sqrt()
-    return t.alpha * mean + ratio * (x - s.alpha * mean)
+    return Gaussian(torch.as_tensor(mean), torch.as_tensor(variance)).move(x, s, t)
 
 
 @dataclass(frozen=True)
 class Empirical:
     """The optimal denoiser of a data set: its mean, weighted by how likely each point would have become x.
 
-    data: [N, ...]; `predict` computes in the dtype of x and ignores conditions. The best that any network trained on
-    `data` could learn; it samples the training points themselves. Karras et al. 2022, arXiv:2206.00364, App. B.3.
+    data: [N, ...]; `predict` computes in the dtype of x, also under autocast, and ignores conditions. The best that any
+    network trained on `data` could learn; it samples the training points themselves. Karras et al. 2022,
+    arXiv:2206.00364, App. B.3.
+    blur: the standard deviation of Gaussian noise added to each point: a mixture with a component for each of them.
 
     A batch is worked on in pieces of at most `limit` distances (and so many numbers of memory), or one sample.
     """
@@ -89,20 +91,34 @@ class Empirical:
     schedule: Schedule
     data: Tensor
     limit: int = 2**22
+    blur: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.data.dim() < 2 or not len(self.data):
             raise ValueError(f"data must be [N, ...] with N of at least 1, got shape {tuple(self.data.shape)}")
+        if not 0 <= self.blur < math.inf:
+            raise ValueError(f"blur is a standard deviation, at least 0, got {self.blur:g}")
 
     def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
+        if not len(x):
+            return x.clone()
         if isinstance(node, Nodes):
             each = zip(x.split(1), node.t.tolist(), node.alpha.tolist(), node.sigma.tolist())
             return torch.cat([self.predict(row, Node(*numbers)) for row, *numbers in each])
-        data = self.data.to(x).flatten(1)
-        pieces = x.flatten(1).split(max(1, self.limit // len(data)))
-        return torch.cat([self._mean(piece, data, node) for piece in pieces]).view_as(x)
+        with torch.autocast(x.device.type, enabled=False):
+            data = self.data.to(x).flatten(1)
+            pieces = x.flatten(1).split(max(1, self.limit // len(data)))
+            return torch.cat([self._mean(piece, data, node) for piece in pieces]).view_as(x)
 
     def _mean(self, x: Tensor, data: Tensor, node: Node) -> Tensor:
-        # distances from differences: |x|^2 - 2 x.y + |y|^2 would cancel, and is divided by a small sigma^2
-        away = torch.cdist(x, node.alpha * data, compute_mode="donot_use_mm_for_euclid_dist")
-        return (-0.5 * (away / node.sigma) ** 2).softmax(-1) @ data
+        alpha, variance = node.alpha, self.blur**2
+        total = alpha**2 * variance + node.sigma**2  # the variance of x around alpha times a point
+        if x.dtype == torch.float64:  # |x|^2 is the same for all points and drops out
+            logits = torch.addmm(data.square().sum(-1) * (-0.5 * alpha**2 / total), x, data.T, alpha=alpha / total)
+        else:  # distances from differences: the products cancel, and are divided by a small sigma^2
+            away = torch.cdist(x, alpha * data, compute_mode="donot_use_mm_for_euclid_dist")
+            logits = -0.5 * away.square() / total
+        point = logits.softmax(-1) @ data
+        if not variance:
+            return point
+        return point + (alpha * variance / total) * (x - alpha * point)

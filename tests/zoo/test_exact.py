@@ -167,3 +167,44 @@ def test_samples_at_their_own_times_are_each_as_alone(kind):
     model, x, t = made[kind](), torch.ones(3, 3, dtype=torch.float64), torch.tensor([10.0, 500.0, 900.0])
     alone = [model.predict(x[:1], fs.node(schedule, float(moment))) for moment in t]
     torch.testing.assert_close(model.predict(x, fs.nodes(schedule, t)), torch.cat(alone))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@by_type
+def test_a_blurred_data_set_is_a_mixture_around_its_points(schedule, dtype):
+    data, x = draw(30, 3), draw(8, 3, seed=2).to(dtype)
+    mixture = GaussianMixture(schedule, torch.ones(30), data, torch.full((30, 1), 0.2**2, dtype=torch.float64))
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5  # rounding, which 1 / sigma^2 makes larger
+    for lam in (-4.0, 0.0, 2.0):
+        node = fs.node(schedule, float(schedule.time(lam)))
+        blurred = Empirical(schedule, data, blur=0.2).predict(x, node)
+        torch.testing.assert_close(blurred, mixture.predict(x, node), rtol=tolerance, atol=tolerance)
+
+
+def test_both_ways_to_the_distances_agree_where_sigma_is_small():
+    """float64 takes them from products, which cancel; float32 from differences."""
+    data = draw(200, 64)
+    x = data[:20] + 0.02 * draw(20, 64, seed=2)
+    node = fs.node(fs.EDM(), 0.01)
+    single = Empirical(fs.EDM(), data).predict(x.float(), node)
+    torch.testing.assert_close(Empirical(fs.EDM(), data).predict(x, node), single.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [fs.node, fs.nodes])
+def test_an_empty_batch_has_an_empty_answer(kind):
+    model, x = Empirical(fs.VP.linear(), draw(5, 3)), torch.empty(0, 3)
+    node = kind(model.schedule, 10.0 if kind is fs.node else torch.empty(0))
+    assert model.predict(x, node).shape == (0, 3)
+
+
+def test_autocast_changes_nothing():
+    data, x = draw(30, 3), draw(8, 3, seed=2).float()
+    model, node = Empirical(fs.VP.linear(), data), fs.node(fs.VP.linear(), 300.0)
+    plain = model.predict(x, node)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.predict(x, node), plain)
+
+
+def test_a_negative_blur_is_named():
+    with pytest.raises(ValueError, match="blur is a standard deviation, at least 0, got -1"):
+        Empirical(fs.EDM(), torch.zeros(2, 3), blur=-1.0)
