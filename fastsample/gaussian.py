@@ -43,6 +43,9 @@ class Gaussian:
             shape, size = tuple(self.covariance.shape), self.mean.numel()
             if shape != (size, size):
                 raise ValueError(f"covariance must be [{size}, {size}] for a mean of {size} numbers, got {list(shape)}")
+            uneven = float((self.covariance - self.covariance.T).abs().max())
+            if uneven > 1e-6 * float(self.covariance.abs().max()):  # float32's rounding is far below
+                raise ValueError(f"covariance must be symmetric, its two halves differ by {uneven:g}")
             lowest = float(self._basis[0].min())
             if lowest < -1e-8 * max(1.0, float(self._basis[0].max())):
                 raise ValueError(f"covariance has the negative eigenvalue {lowest:g}; give a positive one")
@@ -126,7 +129,7 @@ def _ratio(variance: Tensor, s: Node, t: Node) -> Tensor:
 
 def _broadcasts(value: Tensor, shape: tuple[int, ...]) -> bool:
     try:
-        return torch.broadcast_shapes(tuple(value.shape), shape) == torch.Size(shape)
+        return tuple(torch.broadcast_shapes(tuple(value.shape), shape)) == shape
     except RuntimeError:
         return False
 

@@ -366,7 +366,7 @@ def _like(cond: Any, uncond: Any) -> Any:
 
 
 def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
-    """The condition of the doubled batch; nested ones, such as SDXL's added_cond_kwargs, tensor by tensor."""
+    """The condition of the doubled batch; nested ones (SDXL's added_cond_kwargs, lists) tensor by tensor."""
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if len(cond) != batch or len(uncond) != batch:
             raise ValueError(
@@ -375,6 +375,9 @@ def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:
         return torch.cat([cond, uncond])
     if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
         return {name: _pair(f"{key}.{name}", cond[name], uncond[name], batch) for name in cond}
+    if isinstance(cond, list | tuple) and type(cond) is type(uncond) and len(cond) == len(uncond):
+        pairs = [_pair(f"{key}[{k}]", *both, batch) for k, both in enumerate(zip(cond, uncond))]
+        return type(cond)(*pairs) if hasattr(cond, "_fields") else type(cond)(pairs)
     if cond is uncond or cond == uncond:
         return cond
     raise TypeError(f"condition {key!r} differs between cond and uncond and is no tensor; pass batched=False")

@@ -121,19 +121,32 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON with a schema version and a checksum."""
+    def to_json(self) -> str:
+        """The plan as JSON text, with a schema version and a checksum: what stands in its file."""
         body = asdict(replace(self, warm=None))
         if self.warm:
             body["warm"] = {"gaussian": self.warm.gaussian.to_json(), "start": asdict(self.warm.start)}
         text = {"format": "fastsample.plan", "version": VERSION, "sha256": _digest(body), "plan": body}
-        write_text(path, json.dumps(text, indent=1, allow_nan=False) + "\n")
+        return json.dumps(text, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read and check a plan. Raises ValueError for text that is damaged, edited or of another version."""
+        return cls._read(text, "this text")
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json()` to a file."""
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read and check a plan. Raises ValueError for a file that is damaged, edited or of another version."""
+        """As `from_json`, of a file."""
+        return cls._read(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def _read(cls, source: str | bytes, name: str) -> Plan:
         try:
-            text = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = json.loads(source)
             if text["format"] != "fastsample.plan" or text["version"] != VERSION:
                 raise ValueError(f"it says format {text['format']}, version {text['version']}")
             body = text["plan"]
@@ -150,7 +163,7 @@ class Plan:
             return cls(**{**body, **nodes, "rows": rows, "entry": tuple(body["entry"]), "warm": warm})
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             cause = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no fastsample plan of version {VERSION}, or it is damaged: {cause}") from error
+            raise ValueError(f"{name} is no fastsample plan of version {VERSION}, or it is damaged: {cause}") from error
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -307,7 +307,7 @@ def check_fit(model: Model, plan: Plan | Stack) -> None:
             )
         key = id(one), id(model.schedule)
         if key not in _FITS:
-            _check_schedule(one, model.schedule)
+            check_schedule(one, model.schedule)
             if len(_FITS) >= 64:
                 _FITS.clear()
             _FITS[key] = one, model.schedule
@@ -318,7 +318,8 @@ def check_fit(model: Model, plan: Plan | Stack) -> None:
 _FITS: dict[tuple[int, int], tuple[Plan, Schedule]] = {}
 
 
-def _check_schedule(plan: Plan, schedule: Schedule) -> None:
+def check_schedule(plan: Plan, schedule: Schedule) -> None:
+    """Raise ValueError where a plan was not made on this schedule."""
     nodes = [row.node for row in plan.rows]
     t = torch.tensor([node.t for node in nodes], dtype=torch.float64)
     there = zip(schedule.alpha(t).tolist(), schedule.sigma(t).tolist())

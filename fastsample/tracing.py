@@ -30,18 +30,21 @@ def trace(solver: Solver, grid: Grid, **options: Any) -> Plan:
     What is remembered of an evaluation, x0 or eps, is chosen so that the fewest need to be kept.
     """
     name = name_of(solver, grid)
-    plans, reasons = [], []
+    plan, reasons = None, []
     for limit in (16, None):
         for memory in (X0, EPS, FLOW):
+            if plan is not None:
+                limit = plan.memory - 1  # one that remembers as much would not be chosen
+            if limit == 0:
+                break
             try:
-                plans.append(_read(Tape(memory, name, limit), solver, grid, options))
+                plan = _read(Tape(memory, name, limit), solver, grid, options)
             except _Unfit as reason:
                 reasons.append(reason)
-        if plans:
+        if plan is not None:
             break
     else:
         raise ValueError(f"{name} cannot be written as a plan: {reasons[0]}") from reasons[0]
-    plan = min(plans, key=lambda plan: plan.memory)
     shown = ", ".join(f"{key}={getattr(value, '__name__', repr(value))}" for key, value in options.items())
     return replace(plan, solver=f"{name}({shown})" if shown else name)
 

@@ -1,4 +1,4 @@
-"""What the configuration of a diffusers scheduler tells `PlanScheduler`: schedule, times, how its network is asked.
+"""What the configuration of a diffusers scheduler tells `PlanScheduler`: schedule, grid, how its network is asked.
 
 Most of it is `fastsample.adapters.schedulers`; here is what only a pipeline has: times handed in by the caller,
 networks whose input is scaled (EDM, Stable Video Diffusion), and bounds of x0.
@@ -6,19 +6,21 @@ networks whose input is scaled (EDM, Stable Video Diffusion), and bounds of x0.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import diffusers
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsample.adapters.diffusers import PREDICTS
 from fastsample.adapters.schedulers import CURVES, KNOWN, schedule_of, spacing_of
-from fastsample.grid import Node, Spacing, at_times, exponential, karras
+from fastsample.grid import SPACINGS, Grid, Node, Spacing, at_times, exponential, grid, karras
 from fastsample.guidance import Thresholded
 from fastsample.prediction import PREDICTIONS, Prediction
 from fastsample.schedule import EDM, Flow, Schedule
@@ -28,6 +30,27 @@ Floats = NDArray[np.float64]
 
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 REPLACED = sorted({*KNOWN, *EDMS})
+
+
+def parameters(scheduler: Any) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(scheduler.__init__).parameters.items() if name != "self"}
+
+
+def whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with every value it stands for: a file of an older diffusers leaves out what it did not know."""
+    name = config.get("_class_name") or config.get("replaces") or _kind(config)
+    scheduler = getattr(diffusers, name, None)
+    unset = {} if scheduler is None else parameters(scheduler)
+    defaults = {key: value for key, value in unset.items() if value is not inspect.Parameter.empty}
+    kind = {} if name in ("", "PlanScheduler") else {"replaces": name}
+    return {**defaults, **{key: value for key, value in config.items() if key != "_use_default_values"}, **kind}
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    """Whose configuration this is, by its keys: those of a scheduler that was never saved do not name its class."""
+    keys = {key for key in config if not key.startswith("_")}
+    fits = [name for name in REPLACED if set(parameters(getattr(diffusers, name, object))) == keys]
+    return min(fits, key=len, default="")
 
 
 def schedule_for(config: Config, kind: str, mu: float | None = None) -> Schedule:
@@ -95,6 +118,78 @@ def _bent(schedule: Flow, t: Floats, config: Config) -> Floats:
     return curve(float(levels[0]), float(levels[-1]), len(levels)) if curve else levels
 
 
+FIXED = ("leading", "trailing", "linspace")  # spacings that know no other end
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a pipeline asks of `set_timesteps`: a number of steps, or as many times, or levels above 0."""
+
+    steps: int
+    times: Floats | None = None
+    levels: Floats | None = None
+
+    @classmethod
+    def of(cls, steps: int | None, timesteps: Any = None, sigmas: Any = None) -> Asked:
+        """timesteps and sigmas as sequences or tensors. Raises ValueError where they do not go together."""
+        times, levels = _numbers(timesteps), _numbers(sigmas)
+        levels = None if levels is None else levels[levels > 0]
+        if times is not None and levels is not None:
+            raise ValueError("timesteps and sigmas say the same thing twice; pass one of them")
+        given = times if times is not None else levels
+        if given is None:
+            if steps is None or steps < 1:
+                raise ValueError(
+                    f"set_timesteps needs num_inference_steps of at least 1, timesteps or sigmas, got {steps}"
+                )
+            return cls(int(steps))
+        if len(given) < 1 or (steps is not None and steps != len(given)):
+            raise ValueError(f"num_inference_steps is {steps}, but {len(given)} times were given; pass one of them")
+        return cls(len(given), times, levels)
+
+    def without_times(self, own: str, schedule: Schedule) -> Asked:
+        """The same of a scheduler that has times of its own. Raises ValueError where the user gave others."""
+        even = self.levels is not None and np.allclose(
+            self.levels, np.linspace(1, 1 / self.steps, self.steps), atol=1e-6
+        )
+        if isinstance(schedule, Flow) and even:  # pipelines of flows say so where the user said nothing
+            return Asked(self.steps)
+        if self.times is not None or self.levels is not None:
+            raise ValueError(
+                f"this scheduler was made with {own} and is given {'sigmas' if self.times is None else 'timesteps'} "
+                f"too; choose one of them"
+            )
+        return self
+
+
+def _numbers(values: Any) -> Any:
+    if values is None:
+        return None
+    return np.asarray(values.tolist() if isinstance(values, Tensor) else values, dtype=float)
+
+
+def grid_for(schedule: Schedule, config: Config, asked: Asked) -> Grid:
+    """The intervals of a run, as asked or as the configuration of a `PlanScheduler` says."""
+    end = schedule.t_min if config["final_sigmas_type"] == "sigma_min" else None
+    if asked.times is not None or asked.levels is not None:
+        spacing = spacing_given(schedule, config, asked.times, asked.levels)
+    elif config["spacing"] is not None:
+        spacing = SPACINGS[config["spacing"]]
+    else:
+        spacing = spacing_for(schedule, config, config["replaces"])
+    name = spacing.__name__
+    if end is not None and (config["spacing"] is None or config["spacing"] in FIXED):
+        points = [*spacing(schedule, asked.steps, schedule.t_max, None), end]
+        if not points[-2] > end:
+            raise ValueError(
+                f"final_sigmas_type 'sigma_min' ends at t = {end:g}, and the last evaluation of {name} already "
+                f"stands at {points[-2]:g}; use 'zero' or another spacing"
+            )
+        spacing = at_times(points)
+    made = grid(schedule, asked.steps, spacing, end=end, lower_order_final=config["lower_order_final"])
+    return replace(made, spacing=made.spacing.replace("at_times", name))
+
+
 def _is_edm(config: Config, kind: str) -> bool:
     """Of EDM, or EulerDiscreteScheduler with continuous times (Stable Video Diffusion): told ln(sigma) / 4."""
     svd = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
@@ -112,6 +207,10 @@ class Network:
 
     def told(self, at: Node) -> float:
         return math.log(at.sigma) / 4 if self.scales else float(self.schedule.index(at.t))
+
+    def level(self, at: Node) -> float:
+        """sigma of a flow, sigma / alpha of the rest: what `sigmas` of diffusers' schedulers hold."""
+        return at.sigma if isinstance(self.schedule, Flow) else (at.sigma / at.alpha if at.alpha > 0 else math.inf)
 
     def scale(self, at: Node) -> float:
         return 1 / math.hypot(at.sigma, self.data) if self.scales else 1.0  # c_in of Karras et al. 2022, Table 1

@@ -64,7 +64,7 @@ def from_diffusers(
 
     `model.spacing` places `scheduler.set_timesteps(steps)` of the scheduler's class, without its rounding of times
     whose noise levels it does not round: `fs.grid(model.schedule, steps, spacing=model.spacing)`. It is None where the
-    class is not known; a bare config without `_class_name` is read as DDIM's.
+    class is not known; a bare config without `_class_name` is read as DDIM's. A `PlanScheduler` gives its own.
 
     Raises ValueError for a network or a configuration that this cannot read.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..grid import Spacing, karras, leading, linspace, trailing
+from ..grid import SPACINGS, Spacing, karras, leading, linspace, trailing
 from ..grid import exponential as exponential_spacing
 from ..schedule import VP, Flow, Schedule
 
@@ -139,12 +139,16 @@ def dynamic_mu(image_seq_len: int, config: Mapping[str, Any]) -> float:
 def spacing_of(config: Mapping[str, Any], kind: str = "DDIMScheduler", *, even: bool = False) -> Spacing | None:
     """The times of `scheduler.set_timesteps(steps)` for a scheduler of this class; None for one not known here.
 
+    Of a `PlanScheduler`: its `spacing`, or that of the class it replaced.
+
     kind: the scheduler's class; "" is read as DDIM's, or as FlowMatchEuler's where there are no betas.
     even: a flow's times are 1, 1 - 1 / steps, ..., as FLUX's pipeline asks of its scheduler.
 
     They are diffusers' up to its rounding to whole indices (where it rounds times but not noise levels), its single
     step from t = 0 ("linspace"), and times it repeats for a solver's inner evaluations.
     """
+    if config.get("spacing"):  # of a PlanScheduler
+        return SPACINGS[config["spacing"]]
     flow = _is_flow(config, kind)
     if not kind and not config.get("use_flow_sigmas"):
         kind = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
@@ -153,6 +157,8 @@ def spacing_of(config: Mapping[str, Any], kind: str = "DDIMScheduler", *, even: 
         return None
     if flow:
         return _fixed(partial(_at_levels, _flow_levels(config, kind, even)), kind, curved)
+    if config.get("interpolation_type") == "log_linear" and not curved:  # that tells times of other noise levels
+        return None
     placed = _placed(config, kind)
     if not curved:
         return placed

@@ -50,4 +50,4 @@ def digits_network(predicts: str = "eps", *, seed: int = 0) -> Denoiser:
             add_attention=False,
             num_class_embeds=NULL + 1,
         )
-    return Denoiser(Sampled(network), VP.scaled_linear(), predicts, time="index")
+    return Denoiser(Sampled(network, null=NULL), VP.scaled_linear(), predicts, time="index")

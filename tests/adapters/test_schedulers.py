@@ -237,6 +237,12 @@ def test_a_subclass_has_the_times_of_its_class_and_a_stranger_none():
     assert of({**diffusers.DDIMScheduler(**SD).config, "_class_name": "Another"}).spacing is None
 
 
+def test_a_scheduler_that_tells_the_times_of_other_levels_has_no_spacing():
+    """With log_linear, diffusers spaces the levels evenly in log(sigma) and tells times that are even themselves."""
+    assert of(diffusers.EulerDiscreteScheduler(**SD, interpolation_type="log_linear")).spacing is None
+    assert of(diffusers.EulerDiscreteScheduler(**SD, interpolation_type="log_linear", use_karras_sigmas=True)).spacing
+
+
 def test_our_scheduler_stands_for_the_one_it_replaced():
     theirs = made("DPMSolverMultistepScheduler", use_karras_sigmas=True)
     plan_scheduler = solvers.PlanScheduler.from_config({**theirs.config, "_class_name": type(theirs).__name__})

@@ -151,6 +151,14 @@ def test_statistics_that_do_not_fit_are_refused(make, says):
 None_ = GaussianMixture(VP, torch.ones(1), MEAN[None], torch.ones(1, 3))
 
 
+def test_a_covariance_that_is_not_symmetric_is_refused():
+    """eigh reads one half alone, in silence."""
+    with pytest.raises(ValueError, match="covariance must be symmetric, its two halves differ by 2"):
+        fs.Gaussian(torch.zeros(2), covariance=torch.tensor([[3.0, 2.0], [0.0, 3.0]]))
+    root = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    fs.Gaussian(torch.zeros(40), covariance=root @ root.T)  # to float32's rounding it is
+
+
 def test_a_warm_start_of_another_kind_is_refused():
     with pytest.raises(TypeError, match=r"must be an fs\.Gaussian of the data, got float"):
         fs.grid(VP, 4, fs.uniform_t, start=500, warm=0.5)

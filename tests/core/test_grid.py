@@ -146,7 +146,7 @@ def test_a_table_of_levels_is_interpolated_in_lam():
     np.testing.assert_allclose([node.sigma for node in grid.nodes], np.geomspace(10, 0.1, 5))
 
 
-@pytest.mark.parametrize("levels", [[1.0], [1.0, 2.0], [2.0, 1.0, -1.0], [2.0, 2.0]], ids=str)
+@pytest.mark.parametrize("levels", [[1.0], [1.0, 2.0], [2.0, 1.0, -1.0], [2.0, 2.0], [math.inf, 1.0]], ids=str)
 def test_a_table_that_does_not_fall_is_refused(levels):
     with pytest.raises(ValueError, match="at least 2 positive, decreasing numbers"):
         fs.snr_table(levels)
@@ -262,7 +262,10 @@ def test_spacings_that_need_no_lam_start_at_zero_terminal_snr():
         (lambda: fs.grid(VP, 8, strength=0.0), "above 0 and at most 1, and must leave one, got 0"),
         (lambda: fs.grid(VP, 8, strength=1.5), "got 1.5"),
         (lambda: fs.grid(VP, 8, strength=0.1), "of the 8 steps.*got 0.1"),
-        (lambda: fs.power_t(0.0), "must be positive, got 0"),
+        (lambda: fs.power_t(0.0), "must be positive and finite, got 0"),
+        (lambda: fs.power_t(math.inf), "rho of power_t must be positive and finite, got inf"),
+        (lambda: fs.grid(VP, 8, partial(fs.karras, rho=0.0)), "rho of karras must be positive and finite, got 0.0"),
+        (lambda: fs.grid(VP, 8, partial(fs.beta, a=-1.0)), "a and b of a Beta distribution must be .* got -1.0 and 0.6"),
         (lambda: fs.grid(SCHEDULES["flow"], 8, fs.exponential), "exponential cannot start at t = 1"),
         (lambda: fs.grid(VP, 8, "karras"), "a function such as fs.uniform_lam .*got 'karras'"),
         (lambda: fs.grid(VP, 8, start=1000.0), "within t = 999 .. -1.*start = 1000"),

@@ -161,6 +161,22 @@ def test_shared_conditions_are_doubled_and_nested_ones_too():
     assert other["added"]["size"] == 64
 
 
+def test_conditions_in_lists_are_doubled_tensor_by_tensor():
+    """As the residuals of a ControlNet are given, shared or not."""
+    inner, shared = model(), (torch.tensor([3.0, 4.0]), [torch.tensor([5.0, 6.0]), None])
+    text = [torch.ones(2), "a"], [torch.zeros(2), "a"]
+    wrapped = fs.Guided(inner, {**COND, "text": text[0]}, {**UNCOND, "text": text[1]}, scale=2.0)
+    wrapped.predict(X, NODE, residuals=shared)
+    *_, other = inner.network.calls[0]
+    first, (second, nothing) = other["residuals"]
+    assert (first.tolist(), second.tolist(), nothing) == ([3, 4, 3, 4], [5, 6, 5, 6], None)
+    assert (other["text"][0].tolist(), other["text"][1]) == ([1, 1, 0, 0], "a")
+    assert (type(other["residuals"]), type(other["text"])) == (tuple, list)
+    differing = fs.Guided(inner, {**COND, "text": text[0]}, {**UNCOND, "text": [torch.zeros(2), "b"]}, scale=2.0)
+    with pytest.raises(TypeError, match=r"condition 'text\[1\]' differs"):
+        differing.predict(X, NODE)
+
+
 @pytest.mark.parametrize(
     ("error", "make", "says"),
     [

@@ -63,6 +63,18 @@ def test_a_thousand_steps_are_traced_within_two_seconds():
         assert time.process_time() - begin < 2
 
 
+def test_a_solver_that_no_other_memory_can_better_is_run_once():
+    """Tracing with eps and flow as well costs several times as much, above all in exact fractions."""
+    runs = []
+
+    def counted(model, x, grid):
+        runs.append(grid)
+        return ddim(model, x, grid)
+
+    assert traced(counted).memory == 1
+    assert len(runs) == 1
+
+
 def test_the_print_names_what_will_be_computed():
     text = str(traced(renoise))
     assert "renoise: 6 network evaluations, remembers 1 x x0, adds noise" in text
@@ -269,6 +281,8 @@ def test_a_plan_comes_back_exactly(solver, tmp_path):
     plan = traced(solver)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(str(tmp_path / "plan.json")) == plan
+    assert Plan.from_json(plan.to_json()) == plan
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == plan.to_json()
 
 
 def sealed(**changes):
@@ -329,6 +343,8 @@ def test_a_file_that_is_no_sound_plan_is_refused_by_its_name(content, says, tmp_
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=rf"plan\.json is no fastsample plan .*({says})"):
         Plan.load(path)
+    with pytest.raises(ValueError, match=rf"this text is no fastsample plan .*({says})"):
+        Plan.from_json(path.read_text())
 
 
 def test_a_file_cut_anywhere_or_with_any_digit_changed_is_refused(tmp_path):

@@ -139,6 +139,14 @@ def test_stable_diffusion_makes_the_image_of_sample(monkeypatch, solver, options
     assert [row.node for row in pipe.scheduler.plan.rows] == [row.node for row in plan.rows]
 
 
+def test_the_eta_of_a_call_is_not_passed_over():
+    """diffusers' pipelines hand it on where `step` names it, and else leave it out in silence."""
+    pipe = stable_diffusion("StableDiffusionPipeline")
+    pipe.scheduler = PlanScheduler.from_config(diffusers.DDIMScheduler(**SD).config, solver="dpmpp_2m")
+    with pytest.raises(ValueError, match=r"asks for eta = 0.5, and the plan is dpmpp_2m; leave"):
+        pipe(latents=NOISE.draw(0), num_inference_steps=STEPS, output_type="latent", eta=0.5, **WORDS)
+
+
 def test_the_decoded_image_and_the_seed_are_those_of_sample_too():
     pipe = stable_diffusion("StableDiffusionPipeline")
     pipe.scheduler = PlanScheduler.from_config(
@@ -460,6 +468,93 @@ def test_animate_diff_makes_the_video_of_sample():
     model = guided(pipe.unet, theirs)
     plan = fs.trace(solvers.unipc_2, fs.grid(model.schedule, STEPS, fs.uniform_lam))
     close(ours, fs.sample(model, plan, noise))
+
+
+@pytest.mark.slow
+def test_stable_video_diffusion_is_that_of_diffusers():
+    """EDM's levels up to sigma = 700, the network told ln(sigma) / 4, and guidance that differs from frame to frame."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    network = seeded(
+        diffusers.UNetSpatioTemporalConditionModel,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=8,
+        num_attention_heads=4,
+        projection_class_embeddings_input_dim=3 * 8,
+        addition_time_embed_dim=8,
+    )
+    decoder = seeded(diffusers.AutoencoderKLTemporalDecoder, block_out_channels=(32,), latent_channels=4)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    theirs = diffusers.EulerDiscreteScheduler(
+        **SD,
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
+    )
+    pipe = quiet(
+        diffusers.StableVideoDiffusionPipeline(
+            vae=decoder,
+            image_encoder=seeded(
+                CLIPVisionModelWithProjection, CLIPVisionConfig(**sizes, intermediate_size=8, projection_dim=8)
+            ),
+            unet=network,
+            scheduler=theirs,
+            feature_extractor=CLIPImageProcessor(crop_size=16, size=16),
+        )
+    )
+    videos = []
+    for scheduler in (PlanScheduler.from_config(theirs.config, solver="euler", unit_start=True), theirs):
+        pipe.scheduler = scheduler
+        asked = {"num_frames": 2, "num_inference_steps": STEPS, "height": 16, "width": 16, "output_type": "latent"}
+        image = given(1, 3, 16, 16, seed=3).sigmoid()
+        videos.append(pipe(image=image, generator=torch.Generator().manual_seed(0), **asked).frames)
+    close(*videos)
+
+
+@pytest.mark.parametrize("kind", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_cogvideox_is_that_of_diffusers(kind):
+    """A network that predicts v, from alpha = 0 on."""
+    network = seeded(
+        diffusers.CogVideoXTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=1,
+        sample_width=2,
+        sample_height=2,
+        sample_frames=9,
+        max_text_seq_length=6,
+    )
+    decoder = seeded(
+        diffusers.AutoencoderKLCogVideoX,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    config = {**SD, **zero, "prediction_type": "v_prediction", "snr_shift_scale": 3.0}
+    theirs = diffusers.CogVideoXDDIMScheduler(**config)
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=decoder, transformer=network, scheduler=theirs
+    )
+    ours = PlanScheduler.from_config(getattr(diffusers, kind)(**config).config, solver="ddim", unit_start=True)
+    videos = []
+    for scheduler in (ours, theirs):
+        quiet(pipe).scheduler = scheduler
+        asked = {"num_frames": 8, "num_inference_steps": STEPS, "height": 16, "width": 16, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        videos.append(pipe(generator=generator, max_sequence_length=6, **asked, **WORDS).frames)
+    close(*videos)
 
 
 def test_dit_makes_the_image_of_sample():

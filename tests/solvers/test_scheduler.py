@@ -134,6 +134,16 @@ def test_a_configuration_is_read_with_the_times_of_its_own_scheduler(name):
     close(loop(scheduler, start(scheduler)), fs.sample(model, scheduler.plan, NOISE), 1e-6)
 
 
+@pytest.mark.parametrize("spacing", [None, "uniform_t"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_made_with_it_has_its_spacing(name, spacing):
+    scheduler = made(7, CONFIGS[name].config, spacing=spacing, solver="ddim")
+    model = fs.from_diffusers(_Unet(), scheduler)
+    grid = fs.grid(model.schedule, 7, spacing=model.spacing, lower_order_final=scheduler.config.lower_order_final)
+    assert grid.nodes == scheduler.grid.nodes
+    assert fs.trace(solvers.ddim, grid).rows == scheduler.plan.rows
+
+
 def test_a_class_keeps_the_defaults_that_its_configuration_does_not_name():
     """A live scheduler marks its defaults; a file of an older diffusers leaves them out."""
     old = {
@@ -275,6 +285,16 @@ def test_a_run_begins_anew_each_time(solver):
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(network(x, t), t, x, return_dict=False)[0]
     assert torch.equal(x, first)
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+def test_the_end_of_ddim_above_zero_is_sigma_min(to_one):
+    """Stable Diffusion 1.x is configured with set_alpha_to_one=False."""
+    theirs = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=to_one, steps_offset=1)
+    end = "zero" if to_one else "sigma_min"
+    scheduler = made(5, theirs.config, solver="ddim", unit_start=True, final_sigmas_type=end)
+    theirs.set_timesteps(5)
+    close(loop(scheduler, start(scheduler)), their_loop(theirs, start(scheduler)))
 
 
 def test_the_output_holds_the_prediction_of_x0():
@@ -434,9 +454,11 @@ def test_the_eta_of_ddim_pipelines_must_be_that_of_the_plan():
     x, t = start(scheduler), scheduler.timesteps[0]
     for eta in (0.0, 0.5, None):
         scheduler.step(x, t, x, eta=eta, use_clipped_model_output=None)
-    with pytest.raises(ValueError, match=r"asks for eta = 0.7, and the plan was made with 0.5"):
+    with pytest.raises(ValueError, match=r"asks for eta = 0.7, and the plan is ddim\(eta=0.5\); leave"):
         scheduler.step(x, t, x, eta=0.7)
-    with pytest.raises(TypeError, match="does not know s_churn"):
+    ancestral = made(solver="euler_ancestral")  # its own default is 1
+    ancestral.step(x, ancestral.timesteps[0], x, eta=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 's_churn'"):
         scheduler.step(x, t, x, s_churn=1.0)
 
 
@@ -525,7 +547,7 @@ def test_a_ready_plan_begins_late_where_it_remembers_nothing():
 
 
 def test_a_plan_for_other_networks_is_refused():
-    with pytest.raises(ValueError, match="does not fit this scheduler's"):
+    with pytest.raises(ValueError, match="does not fit this model's"):
         made(4, plan=fs.trace(solvers.ddim, fs.grid(fs.VP.scaled_linear(), 4)))
     plan = fs.trace(solvers.ddim, fs.grid(fs.VP.linear(), 4))
     object.__setattr__(plan, "predicts", "v")
@@ -604,7 +626,7 @@ def test_noise_is_added_as_diffusers_adds_it():
         (ValueError, "unknown solver 'dpm2'", lambda: made(solver="dpm2")),
         (ValueError, "ddim has no option 'churn'; it has eta", lambda: ddim_with(churn=1)),
         (ValueError, "cannot be: .* give a ready plan", lambda: ddim_with(eta=torch.ones(1))),
-        (ValueError, "spacing 'karas' is not one of uniform_lam", lambda: made(spacing="karas")),
+        (ValueError, "spacing 'karas' is not one of .*uniform_lam, ", lambda: made(spacing="karas")),
         (ValueError, "'zero' or 'sigma_min', got 'one'", lambda: made(final_sigmas_type="one")),
         (TypeError, "got 'solvr', which is neither", lambda: made(solvr="ddim")),
         (TypeError, "takes the config of a scheduler, got str", lambda: PlanScheduler.from_config("folder")),
