@@ -87,6 +87,9 @@ class Grid:
         return len(self.nodes) - 1
 
 
+_DDPM = VP.linear()
+
+
 def node(schedule: Schedule, t: float) -> Node:
     """The node of a schedule at time t."""
     return Node(float(t), float(schedule.alpha(t)), float(schedule.sigma(t)))
@@ -228,8 +231,8 @@ def quadratic_t(schedule: Schedule, steps: int, start: float, end: float | None)
 
 def power_t(rho: float) -> Spacing:
     """Equal steps in (t - t_zero)^(1 / rho): 1 is `uniform_t`, 2 `quadratic_t`; larger is denser near the data."""
-    if not rho > 0:
-        raise ValueError(f"rho of power_t must be positive, got {rho:g}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho of power_t must be positive and finite, got {rho!r}")
 
     def spaced(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
         zero = schedule.t_zero
@@ -239,6 +242,46 @@ def power_t(rho: float) -> Spacing:
 
     spaced.__name__ = f"power_t({rho:g})"
     return spaced
+
+
+def default_t(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
+    """The spacing of `solvers.default`, chosen by measurement (docs/solvers.md); alike in lam on every schedule.
+
+    With the t of DDPM's linear schedule at the same lam: equal steps in (t + 1)^(1 / 1.75) below 12 steps, in
+    (t + 1)^(1 / 2) from there. Below 12 steps a run from t_max is `late`.
+    """
+    rho, zero = (1.75 if steps < 12 else 2.0), _DDPM.t_zero
+    last = schedule.t_min if end is None else end
+    if 2 < steps < 12 and start == schedule.t_max:
+        start = _later(schedule, steps, start, last)
+    # Beyond the noise of that schedule, to alpha = 0, it has no time: the first step begins there all the same.
+    top, low = (min(float(_DDPM.time(schedule.lam(t))), _DDPM.t_max) for t in (start, last))
+    points = np.linspace((top - zero) ** (1 / rho), (low - zero) ** (1 / rho), steps + 1)[1:-1]
+    times = [start, *(float(schedule.time(float(_DDPM.lam(zero + point**rho)))) for point in points)]
+    return [*times, last] if end is not None else times
+
+
+def late(spacing: Spacing) -> Spacing:
+    """`spacing`, begun lower by one of `steps` equal steps in the t of DDPM's linear schedule, as `leading` is.
+
+    What little of the data is in the noise up there is often not worth a step. A grid with such a spacing takes no
+    `start`.
+    """
+    name = f"late {getattr(spacing, '__name__', type(spacing).__name__)}"
+
+    def spaced(schedule: Schedule, steps: int, start: float, end: float | None) -> Sequence[float]:
+        if start != schedule.t_max:
+            raise ValueError(f"{name} chooses its start itself, got start = {start:g}; leave it out")
+        return spacing(schedule, steps, _later(schedule, steps, start, schedule.t_min if end is None else end), end)
+
+    spaced.__name__ = name
+    return spaced
+
+
+def _later(schedule: Schedule, steps: int, start: float, last: float) -> float:
+    top, low = (min(float(_DDPM.time(schedule.lam(t))), _DDPM.t_max) for t in (start, last))
+    begin = top - (_DDPM.t_max + 1) / steps
+    return float(schedule.time(float(_DDPM.lam(begin)))) if begin > low else start
 
 
 def uniform_lam(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
@@ -253,6 +296,8 @@ def karras(schedule: Schedule, steps: int, start: float, end: float | None, rho:
     Where the end is sigma = 0 the last evaluation is at `t_min`. Karras et al. 2022, arXiv:2206.00364, Eq. 5.
     """
     _check_lam(schedule, start, end, "karras")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho of karras must be positive and finite, got {rho!r}")
     count = steps + (end is not None)
     last = schedule.t_min if end is None else end
     ends = [math.exp(-float(schedule.lam(t)) / rho) for t in (start, last)]
@@ -282,6 +327,8 @@ def beta(
     """
     from scipy.special import betaincinv
 
+    if not (0 < a < math.inf and 0 < b < math.inf):
+        raise ValueError(f"a and b of a Beta distribution must be positive and finite, got {a!r} and {b!r}")
     last = schedule.t_min if end is None else end
     shares = betaincinv(a, b, np.linspace(1, 0, steps + 1))
     times = _pinned([last + (start - last) * float(share) for share in shares], start, last)
@@ -295,7 +342,7 @@ def snr_table(ratios: Sequence[float], name: str = "snr_table") -> Spacing:
     start and end of the grid give way to these. Sabour et al. 2024, arXiv:2404.14507 (Align Your Steps), interpolate
     so.
     """
-    if len(ratios) < 2 or not all(ratio > 0 for ratio in ratios) or any(t >= s for s, t in pairwise(ratios)):
+    if len(ratios) < 2 or not all(0 < ratio < math.inf for ratio in ratios) or any(t >= s for s, t in pairwise(ratios)):
         raise ValueError(f"a table of levels needs at least 2 positive, decreasing numbers, got {list(ratios)}")
     table = -np.log(np.asarray(ratios, dtype=float))
 
@@ -356,6 +403,7 @@ def at_times(times: Sequence[float]) -> Spacing:
 SPACINGS: dict[str, Spacing] = {
     f.__name__: f
     for f in (
+        default_t,
         uniform_lam,
         uniform_t,
         quadratic_t,

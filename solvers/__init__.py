@@ -10,6 +10,7 @@ from fastsample.tracing import Solver
 from .adams import deis, ipndm, ipndm_v, lms, plms, pndm
 from .adaptive import Effort, dpm_solver_12, dpm_solver_23, exact, rk45
 from .ddim import ddim, ddpm, ddpm_learned
+from .default import default
 from .dpm_solver import (
     dpm_solver_1,
     dpm_solver_2,
@@ -43,6 +44,7 @@ from .tuned import Tuned, tune
 from .unipc import unipc, unipc_1, unipc_2, unipc_3
 
 SOLVERS: dict[str, Solver] = {
+    "default": default,
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,
@@ -70,6 +72,7 @@ SOLVERS: dict[str, Solver] = {
     "flow_heun": flow_heun,
     "flow_2m": flow_2m,
     "euler_ancestral": euler_ancestral,
+    "euler_ancestral_flow": euler_ancestral_flow,
     "dpm2_ancestral": dpm2_ancestral,
     "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
     "sde_dpmpp_1": sde_dpmpp_1,
@@ -77,6 +80,7 @@ SOLVERS: dict[str, Solver] = {
     "sde_dpmpp_3m": sde_dpmpp_3m,
     "sde_dpmpp_2s": sde_dpmpp_2s,
     "sa_solver": sa_solver,
+    "restart": restart,
     "consistency": consistency,
     "tcd": tcd,
 }
@@ -121,6 +125,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "ddpm_learned",
+    "default",
     "deis",
     "dpm2_ancestral",
     "dpm_solver_1",

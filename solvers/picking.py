@@ -21,8 +21,10 @@ from fastsample.grid import (
     Grid,
     Spacing,
     at_times,
+    default_t,
     grid,
     karras,
+    late,
     power_t,
     quadratic_t,
     uniform_lam,
@@ -36,8 +38,9 @@ from fastsample.schedule import Schedule
 from fastsample.tracing import Solver, trace
 
 from .adams import ipndm, lms
+from .default import default
 from .dpm_solver import dpmpp_2m, dpmpp_3m
-from .multistep import multistep
+from .multistep import Angle, Level, multistep
 from .unipc import unipc_2, unipc_3
 
 Condition = Mapping[str, Any]
@@ -141,9 +144,16 @@ _CORRECTED = [
     *_free("lam", 2, 3, corrector=True),
     *_free("t", 3, 4, corrector=True),
 ]
+_ROBUST: list[tuple[Solver, Condition]] = [
+    (multistep, {"predicts": "x0", "variable": variable, "order": 3, "corrector": True})
+    for variable in (Level(3.0), Angle(2.0), Angle(6.0))
+]
 # Measured unless the caller says otherwise. Each of those spaced in t was best, or within a tenth of it, on one of five
 # known problems at 4 to 12 evaluations; the others are for schedules that t says less of, and what people know.
 FAMILY: tuple[Candidate, ...] = (
+    Candidate(default, default_t, lower_order_final=True),
+    *candidates(_ROBUST, _IN_T, lower_order_final=True),
+    *candidates([*_ROBUST[:2], *_LAM[:2]], (default_t, late(uniform_t), late(quadratic_t)), lower_order_final=True),
     *candidates(_LAM, _IN_T, lower_order_final=True),
     *candidates(_CORRECTED, _IN_T, lower_order_final=True),
     *candidates(_CORRECTED, (quadratic_t,)),

@@ -35,7 +35,6 @@ from torch import Tensor
 import fastsample as fs
 from fastsample import solvers
 from fastsample.bench.environment import environment
-from fastsample.denoiser import Model
 from fastsample.files import folder, write_text
 from fastsample.solvers.picking import Candidate
 from fastsample.zoo.problems import HELD_OUT, PROBLEMS, End, Problem
@@ -50,23 +49,20 @@ SECTIONS = ("peer", "default", "ours", "picked", "tuned", "crossed")
 # Hand-made plans that are shown beside the default.
 OURS = (
     Candidate(solvers.multistep, fs.quadratic_t, {"predicts": "eps", "variable": "angle", "order": 3}),
-    Candidate(solvers.multistep, fs.quadratic_t, {"predicts": "v", "variable": "lam", "corrector": True}, True),
+    Candidate(
+        solvers.multistep,
+        fs.quadratic_t,
+        {"predicts": "flow", "variable": "tau", "order": 2, "corrector": True},
+        lower_order_final=True,
+    ),
     Candidate(solvers.unipc_2, fs.quadratic_t, {}, True),
     Candidate(solvers.unipc_3, fs.quadratic_t, {}, True),
     Candidate(solvers.dpmpp_2m, fs.uniform_lam),
 )
 
 
-def default(model: Model, nfe: int) -> Candidate:
-    """The rule that the documentation names: what to run without measuring. Chosen on noises of seeds 0 .. 255.
-
-    Guidance bends the flow sharply where the noise is high: there order 3 in a finite variable fails at few steps (ten
-    times the error), and UniPC of order 2, from 12 evaluations on of order 3, is the safe choice.
-    """
-    if isinstance(model, fs.Guided) and model.scale != 1:
-        return Candidate(solvers.unipc_2 if nfe < 12 else solvers.unipc_3, fs.quadratic_t, {}, True)
-    options = {"predicts": "x0", "variable": solvers.Angle(2.0), "order": 3, "corrector": True}
-    return Candidate(solvers.multistep, fs.quadratic_t, options, True)
+# What the documentation names for those who measure nothing; chosen on noises that are not reported on.
+DEFAULT = Candidate(solvers.default, fs.default_t, lower_order_final=True)
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,8 @@ def measure_plan(where: Where, section: str, name: str, plan: fs.Plan) -> Result
 
 def measure_default(where: Where) -> list[Result]:
     model, stop = where.problem.model, where.problem.end_time(where.end)
-    candidate = default(model, where.nfe)
-    plan = candidate.plan(model.schedule, where.nfe, end=stop)
-    return [measure_plan(where, "default", candidate.name, plan)]
+    plan = DEFAULT.plan(model.schedule, where.nfe, end=stop)
+    return [measure_plan(where, "default", DEFAULT.name, plan)]
 
 
 def measure_ours(where: Where) -> list[Result]:
@@ -352,7 +347,6 @@ def as_csv(results: Sequence[Result]) -> str:
 
 def page(results: Sequence[Result], samples: int) -> str:
     machine = environment()
-    names = {guided: default(PROBLEMS["gmm64cfg4" if guided else "gmm64"].model, 10).name for guided in (False, True)}
     versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
     return f"""# Solvers on problems whose answer is known
 
@@ -360,7 +354,7 @@ Root mean square distance of each sample's end from the converged probability-fl
 error: {samples} start noises that nothing of ours was chosen on; the same noises, end and number of network evaluations
 (NFE, counted) for all.
 
-- The default: {names[False]}; under guidance, at 10 evaluations, {names[True]}.
+- The default: `solvers.default` on `fs.default_t` with `lower_order_final`, at every NFE and on every problem.
 - Picked: the best of `solvers.FAMILY` on {len(PICK_SEEDS)} other noises. Tuned: `solvers.tune` on {len(TUNE_SEEDS)}.
 - The best peer is the best of some eighty, on the very noises that are reported. Crossed: a peer's method on
   another peer's spacing, which nobody ships.

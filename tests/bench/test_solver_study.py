@@ -131,7 +131,7 @@ def test_the_study_runs_goes_on_and_reports(study, tmp_path, monkeypatch):
     # straight from the core: the plan on the held-out noises, beside the exact solution
     problem = get("gmm2")
     noise = problem.noise(study.HELD_OUT[:16])
-    plan = study.default(problem.model, 8).plan(problem.schedule, 8, end=0.0)
+    plan = study.DEFAULT.plan(problem.schedule, 8, end=0.0)
     away = fs.sample(problem.model, plan, noise) - problem.exact(noise)
     assert default.rms == pytest.approx(float(away.square().mean().sqrt() / problem.schedule.alpha(0.0)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,11 @@ class Case:
 
     def nfe(self, grid: fs.Grid) -> int:
         """Evaluations on a grid, whose steps that are infinite in lam take one."""
+        if self.solver is solvers.restart and len(grid) > 1:  # one restart, from near 0.1 up to 20 times that
+            levels = [math.exp(-node.lam) for node in grid.nodes]
+            low = min(levels[1:-1], key=lambda level: abs(math.log(level / 0.1)))
+            again = max(1, sum(low < level <= 20 * low * (1 + 1e-12) for level in levels))
+            return 2 * again + 2 * len(grid) - (grid.nodes[-1].sigma == 0)
         infinite = sum(t.sigma == 0 or (s.alpha == 0 and not self.through) for s, t in grid.steps())
         return len(grid) + (self.evaluations - 1) * min(len(grid) - infinite, self.first)
 
@@ -64,6 +70,7 @@ CASES = [
     Case(solvers.unipc_3, 3, options={"corrector": False}),
     Case(solvers.unipc_2, 3, options={"variant": "bh1"}, from_alpha_0=False),
     Case(solvers.unipc_3, 4, options={"predicts": "eps", "variant": "bh1"}, from_alpha_0=False),
+    Case(solvers.default, 4),
     Case(solvers.multistep, 3, from_alpha_0=False),
     Case(solvers.multistep, 4, options={"order": 4}, from_alpha_0=False),
     Case(solvers.multistep, 4, options={"corrector": True}, from_alpha_0=False),
@@ -91,6 +98,7 @@ CASES = [
     Case(solvers.sde_dpmpp_3m, 3, options={"eta": 0.0}),
     Case(solvers.sde_dpmpp_2s, 2, evaluations=2, options={"eta": 0.0}),
     Case(solvers.euler_ancestral, 1, options={"eta": 0.0}),
+    Case(solvers.euler_ancestral_flow, 1, options={"eta": 0.0}),
     Case(solvers.dpm2_ancestral, 2, evaluations=2, options={"eta": 0.0}),
     Case(solvers.dpmpp_2s_ancestral, 2, evaluations=2, options={"eta": 0.0}),
     Case(solvers.sa_solver, 4, options={"tau": 0.0}),
@@ -105,10 +113,13 @@ CASES = [
     Case(solvers.sde_dpmpp_2s, None, evaluations=2),
     Case(solvers.euler_ancestral, None),
     Case(solvers.euler_ancestral, None, options={"eta": 0.6, "s_noise": 1.003}),
+    Case(solvers.euler_ancestral_flow, None),
+    Case(solvers.euler_ancestral_flow, None, options={"eta": 0.5, "s_noise": 1.003}),
     Case(solvers.dpm2_ancestral, None, evaluations=2),
     Case(solvers.dpmpp_2s_ancestral, None, evaluations=2, options={"eta": 0.6}),
     Case(solvers.sa_solver, None),
     Case(solvers.sa_solver, None, options={"tau": 0.6, "predictor": 2, "corrector": 0}),
+    Case(solvers.restart, None, evaluations=2, from_alpha_0=False),
     Case(solvers.consistency, None),
     Case(solvers.tcd, None),
     Case(solvers.tcd, None, options={"gamma": 1.0}),
