@@ -86,6 +86,7 @@ def pndm(model: Predictor, x: Tensor, grid: Grid) -> Tensor:
     Order 2. Four evaluations a step over the first three steps, then one: N + 9 for N >= 3 steps, as the paper and
     diffusers' PNDMScheduler count without `skip_prk_steps`; a step to sigma = 0 among the first takes one. The middle
     of a step is in t. Its plan remembers many evaluations, since four lie between two that are used.
+    From an alpha near 0 (`fs.VP.cosine()` starts at 5e-5) few steps go far astray, those of `plms` too: start lower.
     """
     return _pndm(model, x, grid, "pndm", 3, _runge_kutta)
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from fastsample.grid import Grid, Node, node
 
+from .exponential import means
+from .forms import EPS, eps_of, level_step
 from .types import Predictor
 
 
@@ -131,7 +133,7 @@ class _Counted:
         self.model, self.limit, self.name, self.evaluations = model, limit, name, 0
 
     def predict(self, x: Tensor, node: Node) -> Tensor:
-        if self.evaluations == self.limit:
+        if self.evaluations >= self.limit:
             raise RuntimeError(
                 f"{self.name} took {self.limit} evaluations and is at t = {node.t:g}; allow more with limit=, or a "
                 f"larger tolerance: below the rounding error of the network no step is small enough"
@@ -242,32 +244,22 @@ def _dpm_solver(
 def _pair_12(model: Predictor, x: Tensor, eps: Tensor, s: Node, t: Node, grid: Grid) -> tuple[Tensor, Tensor]:
     """DPM-Solver-1 and DPM-Solver-2 with r = 1/2, by one more evaluation. Lu et al. 2022, arXiv:2206.00927, Alg. 1."""
     middle = grid.node(s.lam + 0.5 * (t.lam - s.lam))
-    there = _eps(model, _step(x, eps, s, middle), middle)
-    return _step(x, eps, s, t), _step(x, there, s, t)
+    there = _eps(model, level_step(x, eps, s, middle), middle)
+    return level_step(x, eps, s, t), level_step(x, there, s, t)
 
 
 def _pair_23(model: Predictor, x: Tensor, eps: Tensor, s: Node, t: Node, grid: Grid) -> tuple[Tensor, Tensor]:
     """DPM-Solver-2 with r = 1/3 and DPM-Solver-3, by two more evaluations. Lu et al. 2022, Alg. 2 and App. C."""
     h = t.lam - s.lam
     third, two_thirds = (grid.node(s.lam + r * h) for r in (1 / 3, 2 / 3))
-    change = _eps(model, _step(x, eps, s, third), third) - eps
-    second = _step(x, eps + _mean_place(2 / 3 * h) * 2 * change, s, two_thirds)
+    change = _eps(model, level_step(x, eps, s, third), third) - eps
+    second = level_step(x, eps + means(EPS, 2 / 3 * h, 1)[0] * 2 * change, s, two_thirds)
     bend = _eps(model, second, two_thirds) - eps
-    return _step(x, eps + 1.5 * change, s, t), _step(x, eps + _mean_place(h) * 1.5 * bend, s, t)
-
-
-def _mean_place(h: float) -> float:
-    """The mean of u in [0, 1] under the weight e^(-h u): ((e^h - 1) / h - 1) / (e^h - 1)."""
-    return 0.5 - h / 12 if h < 1e-4 else 1 / h - 1 / math.expm1(h)
-
-
-def _step(x: Tensor, eps: Tensor, s: Node, t: Node) -> Tensor:
-    """From s to t with eps held constant: x / alpha is linear in sigma / alpha."""
-    return (t.alpha / s.alpha) * x + (t.sigma - t.alpha * s.sigma / s.alpha) * eps
+    return level_step(x, eps + 1.5 * change, s, t), level_step(x, eps + means(EPS, h, 1)[0] * 1.5 * bend, s, t)
 
 
 def _eps(model: Predictor, x: Tensor, node: Node) -> Tensor:
-    return (x - node.alpha * model.predict(x, node)) / node.sigma
+    return eps_of(x, model.predict(x, node), node)
 
 
 def _finished(model: _Counted, x: Tensor, grid: Grid, stop: Node, steps: int, report: Report | None) -> Tensor:
@@ -300,8 +292,8 @@ def _check(x: Tensor, rtol: float, atol: float, name: str) -> None:
         raise ValueError(
             f"{name} chooses its steps by the size of its error, which no table of numbers can; run it with fs.solve"
         )
-    if not (rtol >= 1e-13 and atol >= 0):
+    if not (1e-13 <= rtol < math.inf and 0 <= atol < math.inf):
         raise ValueError(
-            f"{name} needs a relative tolerance of at least 1e-13, the rounding of float64, and an absolute one of at "
-            f"least 0, got {rtol:g} and {atol:g}"
+            f"{name} needs a finite relative tolerance of at least 1e-13, the rounding of float64, and an absolute one "
+            f"of at least 0, got {rtol:g} and {atol:g}"
         )

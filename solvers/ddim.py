@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsample.grid import Grid, Node
 
+from .forms import check_number
 from .types import Predictor
 
 
@@ -20,6 +21,7 @@ def ddpm(model: Predictor, x: Tensor, grid: Grid, *, large: float = 0.0) -> Tens
 
     Any grid and schedule, where the paper visits every index of its own table.
     """
+    check_number("large", large, 0, 1)
     for s, t in grid.steps():
         x = _posterior_mean(x, model.predict(x, s), s, t)
         if t.sigma > 0:
@@ -54,8 +56,7 @@ def ddim(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 0.0) -> Tensor
 
     eta: how much of the noise is new, in [0, 1]: 0 follows the probability-flow ODE, 1 equals `ddpm`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta:g}; for more noise use ddpm with large=1")
+    check_number("eta", eta, 0, 1, "; for more noise use ddpm with large=1")
     for s, t in grid.steps():
         x0 = model.predict(x, s)
         eps = (x - s.alpha * x0) / s.sigma

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastsample.grid import Grid, Node
 
 from .exponential import means
-from .forms import EPS, X0, Form
+from .forms import EPS, X0, Form, check_number
 from .types import Predictor
 
 
@@ -67,7 +67,7 @@ def dpm_solver_2(model: Predictor, x: Tensor, grid: Grid) -> Tensor:
     """DPM-Solver-2. Order 2. Lu et al. 2022, arXiv:2206.00927, Alg. 1 (r = 1/2); "dpm_2" of k-diffusion.
 
     Two evaluations a step, one to sigma = 0. Also the second-order solver of Karras et al. 2022, arXiv:2206.00364,
-    App. C.3, with the middle placed in lam.
+    Alg. 3 (App. D.2) with alpha = 1/2, with the middle placed in lam.
     """
     return _singlestep(model, x, grid, EPS, 2)
 
@@ -104,6 +104,7 @@ def _two_step(model: Predictor, x: Tensor, grid: Grid, form: Form) -> Tensor:
 
 def _three_step(model: Predictor, x: Tensor, grid: Grid, form: Form, curvature: float) -> Tensor:
     form.check(grid, "dpm_solver_3m")
+    check_number("curvature", curvature, -math.inf)
     old: list[tuple[Tensor, Node]] = []  # newest first
     for k, (s, t) in enumerate(grid.steps()):
         value = mean = form.value(x, model.predict(x, s), s)

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastsample.grid import Grid, exponential_step, node
 
 from .ddim import noised
+from .forms import check_number
 from .types import Predictor
 
 
@@ -33,8 +34,7 @@ def tcd(model: Predictor, x: Tensor, grid: Grid, *, gamma: float = 0.3) -> Tenso
     gamma: how much noise, in [0, 1]. The jump goes to time t_min + (1 - gamma) (t - t_min): with 0 this is `ddim`, with
         1 `consistency` but for the noise at t_min. For a VP table these are indices, which diffusers rounds down.
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma:g}: 0 adds no noise, 1 the most")
+    check_number("gamma", gamma, 0, 1, ": 0 adds no noise, 1 the most")
     least = grid.schedule.t_min
     for s, t in grid.steps():
         below = node(grid.schedule, least + (1 - gamma) * (t.t - least)) if gamma > 0 and t.t > least else t

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,5 +87,21 @@ def form_of(name: str) -> Form:
 
 def check_order(order: int, most: int, solver: str) -> None:
     """Raise ValueError where a solver has no such order."""
-    if order not in range(1, most + 1):
+    if not isinstance(order, Integral) or order not in range(1, most + 1):
         raise ValueError(f"{solver} has orders 1 to {most}, got {order!r}")
+
+
+def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf, hint: str = "") -> None:
+    """Raise ValueError where an option is no finite number from low to high."""
+    if not (isinstance(value, Real) and math.isfinite(value) and low <= value <= high):
+        within = f"lie in [{low:g}, {high:g}]" if math.isfinite(high) else f"be a number of at least {low:g}"
+        within = within if math.isfinite(low) else "be a finite number"
+        raise ValueError(f"{name} must {within}, got {value!r}{hint}")
+
+
+def check_levels(s_tmin: float, s_tmax: float) -> None:
+    """Raise ValueError where these are no two levels sigma / alpha with one below the other; s_tmax may be infinite."""
+    numbers = isinstance(s_tmin, Real) and isinstance(s_tmax, Real)
+    if not (numbers and 0 <= s_tmin <= s_tmax):
+        raise ValueError(f"s_tmin and s_tmax are levels sigma / alpha, 0 <= s_tmin <= s_tmax, got {s_tmin!r} and "
+                         f"{s_tmax!r}")  # fmt: skip

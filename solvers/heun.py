@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsample.grid import Grid, Node, exponential_step
 
+from .forms import check_levels, check_number
 from .types import Predictor
 
 
@@ -29,6 +30,7 @@ def euler(
 
     s_churn, s_tmin, s_tmax, s_noise: as for `heun`. Without churn it equals `ddim`, also at alpha = 0.
     """
+    _check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in grid.steps():
         gamma = _gamma(s, s_churn / len(grid), s_tmin, s_tmax)
         if gamma > 0:
@@ -53,9 +55,11 @@ def heun(
     s_tmin, s_tmax: churn only where the level sigma / alpha lies between them. The noisiest steps may reach beyond
         the schedule's t_max, as in the paper: s_tmax below the largest level prevents it.
     s_noise: the standard deviation of the added noise, slightly above 1 against a network that removes too much.
-    Raises ValueError where the grid starts at alpha = 0, where sigma / alpha is infinite.
+    Raises ValueError where the grid starts at alpha = 0, where sigma / alpha is infinite; where it is in the thousands
+    (`fs.VP.cosine()` starts at 20 000) few steps from there go far astray: start lower.
     """
     _check_start(grid)
+    _check_churn(s_churn, s_tmin, s_tmax, s_noise)
     for s, t in grid.steps():
         gamma = _gamma(s, s_churn / len(grid), s_tmin, s_tmax)
         if gamma > 0:
@@ -67,6 +71,12 @@ def heun(
             change = (x - t.alpha * model.predict(x, t)) / t.sigma - eps
             x = x + 0.5 * (t.sigma - t.alpha * s.sigma / s.alpha) * change
     return x
+
+
+def _check_churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
+    for name, value in (("s_churn", s_churn), ("s_noise", s_noise)):
+        check_number(name, value)
+    check_levels(s_tmin, s_tmax)
 
 
 def _gamma(s: Node, churn: float, s_tmin: float, s_tmax: float) -> float:

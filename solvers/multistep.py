@@ -19,10 +19,11 @@ from torch import Tensor
 from fastsample.grid import Grid, Node
 from fastsample.schedule import Schedule
 
-from .forms import Array, Form, check_order, form_of
+from .forms import Array, Form, check_number, check_order, form_of
 from .types import Predictor
 
 GAUSS = np.polynomial.legendre.leggauss(16)  # points in [-1, 1] and weights
+SMALLEST = 1e-3  # of the constants of a variable: below, one evaluation's place is all places in float64
 
 Variable = Callable[[Schedule, Array], Array]  # the variable at log(alpha / sigma) = lam
 Known = list[tuple[Tensor, Node]]  # values and where they were taken, newest first
@@ -42,6 +43,9 @@ class Level:
     """(sigma / alpha)^(1 / rho)."""
 
     rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("rho of Level", self.rho, SMALLEST)
 
     def __call__(self, schedule: Schedule, lam: Array) -> Array:
         return np.exp(-lam / self.rho)
@@ -68,6 +72,9 @@ class Angle:
     """atan((sigma / alpha) / sigma_data), finite from noise to data; sigma_data: the data's standard deviation."""
 
     sigma_data: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_number("sigma_data of Angle", self.sigma_data, SMALLEST)
 
     def __call__(self, schedule: Schedule, lam: Array) -> Array:
         return np.arctan2(np.exp(-lam), self.sigma_data)
@@ -111,9 +118,9 @@ def multistep(
 
 def variable_of(variable: str | Variable) -> Variable:
     """The variable of this name, or the function itself."""
-    if not isinstance(variable, str):
+    if callable(variable):
         return variable
-    if variable not in VARIABLES:
+    if not isinstance(variable, str) or variable not in VARIABLES:
         raise ValueError(f"unknown variable {variable!r}; choose one of {', '.join(VARIABLES)}, or pass a function")
     return VARIABLES[variable]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fastsample.grid import grid as spaced
 from fastsample.tracing import Solver
 
 from .ddim import noised
+from .forms import check_number
 from .heun import heun
 from .types import Predictor
 
@@ -31,8 +33,11 @@ class Interval:
             raise ValueError(
                 f"an interval goes up from low to high, two levels sigma / alpha, got {self.low:g} to {self.high:g}"
             )
-        if self.repeats < 1 or self.steps < 1:
-            raise ValueError(f"repeats and steps must be at least 1, got {self.repeats} and {self.steps}")
+        counts = self.repeats, self.steps
+        if not all(isinstance(count, Integral) and count >= 1 for count in counts):
+            raise ValueError(
+                f"repeats and steps must be whole numbers of at least 1, got {self.repeats!r} and {self.steps!r}"
+            )
 
 
 def restart(
@@ -40,7 +45,7 @@ def restart(
     x: Tensor,
     grid: Grid,
     *,
-    intervals: Sequence[Interval],
+    intervals: Sequence[Interval] | None = None,
     base: Solver = heun,
     spacing: Spacing = karras,
     s_noise: float = 1.0,
@@ -50,16 +55,21 @@ def restart(
     What noise corrects in an SDE, without its error of every step. An interval costs repeats * steps more intervals of
     the base solver; the plan's `nfe` is the honest count.
 
-    intervals: `Interval`s. Each starts at the inner node of the grid whose level is nearest to its low, in lam.
+    intervals: `Interval`s. Each starts at the inner node of the grid whose level is nearest to its low, in lam. None is
+        one restart from the node nearest to 0.1 up to 20 times its level, as in Stable Diffusion's web UI, or to the
+        grid's start if that is lower, in as many steps as the grid has there; none on a grid of one step.
     base: the solver that walks the grid's parts and the restarts, with its history fresh in each. It must end without
         noise, so that there is one noise for each evaluation: `heun` (the paper's), `dpmpp_2m`, `unipc_3` ...
     spacing: of the steps of a restart. s_noise: the standard deviation of the forward noise.
     """
-    places = _places(grid, intervals)
+    check_number("s_noise", s_noise)
+    if not callable(base):
+        raise ValueError(f"base of restart must be a solver such as solvers.heun, got {base!r}")
+    places = _places(grid, _usual(grid) if intervals is None else _given(grid, intervals))
     done = 0
     for k, interval in places:
         x = base(model, x, replace(grid, nodes=grid.nodes[done : k + 1]))
-        low, high = grid.nodes[k], grid.node(-math.log(interval.high))
+        low, high = grid.nodes[k], _up_to(grid, interval.high)
         again = spaced(grid.schedule, interval.steps, spacing, high.t, low.t, lower_order_final=grid.lower_order_final)
         for _ in range(interval.repeats):
             x = base(model, noised(model, x, low, high, s_noise), again)
@@ -67,13 +77,34 @@ def restart(
     return base(model, x, replace(grid, nodes=grid.nodes[done:]))
 
 
-def _places(grid: Grid, intervals: Sequence[Interval]) -> list[tuple[int, Interval]]:
-    """The intervals in the order of the run, each with the index of the node it starts at."""
-    inner: list[tuple[int, Node]] = list(enumerate(grid.nodes))[1:-1]
-    if not intervals or not inner:
+def _given(grid: Grid, intervals: Sequence[Interval]) -> Sequence[Interval]:
+    if isinstance(intervals, Interval) or not all(isinstance(interval, Interval) for interval in intervals):
+        raise ValueError(f"intervals of restart must be a list of solvers.Interval(low, high), got {intervals!r:.80}")
+    if not intervals or len(grid) < 2:
         raise ValueError(
             f"restart needs at least one interval and a grid of at least 2 steps, got {len(intervals)} and {len(grid)}"
         )
+    return intervals
+
+
+def _usual(grid: Grid) -> list[Interval]:
+    """What `intervals=None` stands for."""
+    levels = [math.exp(-node.lam) for node in grid.nodes]
+    if len(grid) == 1:
+        return []
+    low = min(levels[1:-1], key=lambda level: abs(math.log(level / 0.1)))
+    high = min(20 * low, levels[0])
+    return [Interval(low, high, steps=max(1, sum(low < level <= high for level in levels)))]
+
+
+def _up_to(grid: Grid, level: float) -> Node:
+    node = grid.node(-math.log(level))
+    return grid.nodes[0] if node.t > grid.nodes[0].t else node  # rounding may pass the start, where the schedule ends
+
+
+def _places(grid: Grid, intervals: Sequence[Interval]) -> list[tuple[int, Interval]]:
+    """The intervals in the order of the run, each with the index of the node it starts at."""
+    inner: list[tuple[int, Node]] = list(enumerate(grid.nodes))[1:-1]
     places = []
     for interval in intervals:
         k = min(inner, key=lambda place: abs(place[1].lam + math.log(interval.low)))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import numpy as np
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastsample.grid import Grid, Node
 
 from .exponential import moments
+from .forms import check_levels, check_number
 from .stochastic import reverse
 from .types import Predictor
 
@@ -37,11 +39,11 @@ def sa_solver(
     As the paper's, without diffusers' change to polynomials through two. The corrector repeats a step, with its noise,
     once the evaluation at its end is there; the last step is not corrected. The step to sigma = 0 is of first order.
     """
-    if not (0 <= tau < math.inf and predictor >= 1 and corrector >= 0):
-        raise ValueError(
-            f"sa_solver takes tau of at least 0, a predictor through at least 1 x0 and a corrector through at least 0, "
-            f"got {tau:g}, {predictor} and {corrector}"
-        )
+    check_number("tau", tau, 0, 1e100)  # its square must be finite
+    for name, count, least in (("predictor", predictor, 1), ("corrector", corrector, 0)):
+        if not (isinstance(count, Integral) and count >= least):
+            raise ValueError(f"{name} of sa_solver goes through a whole number of x0, at least {least}, got {count!r}")
+    check_levels(s_tmin, s_tmax)
     known: list[tuple[Tensor, Node]] = []  # (x0, node), newest first
     mean, eta = x, 0.0  # of the step before: its mean of x0, its tau^2
     for k, (s, t) in enumerate(grid.steps()):

@@ -24,6 +24,7 @@ from fastsample.grid import Grid, Node, exponential_step
 
 from .ddim import gained
 from .exponential import moments
+from .forms import check_number
 from .types import Predictor
 
 
@@ -32,7 +33,7 @@ def sde_dpmpp_1(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0, s_
 
     eta: how much noise, at least 0; 0 is `dpmpp_1`. s_noise: the standard deviation of the noise, as in `heun`.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     for s, t in grid.steps():
         x = _noisy_step(model, x, model.predict(x, s), s, t, eta, s_noise)
     return x
@@ -46,7 +47,7 @@ def sde_dpmpp_2m(
     eta, s_noise: as for `sde_dpmpp_1`. midpoint: take x0 in the middle of the step, as the paper; False: its exact
         mean over the step ("heun" of k-diffusion and diffusers).
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     old: tuple[Tensor, Node] | None = None
     for k, (s, t) in enumerate(grid.steps()):
         x0 = mean = model.predict(x, s)
@@ -67,7 +68,8 @@ def sde_dpmpp_3m(
     Lu et al. 2022, arXiv:2211.01095, stops at 2M; this is the next member, "dpmpp_3m_sde" of k-diffusion.
     eta, s_noise: as for `sde_dpmpp_1`. curvature: as for `dpmpp_3m`; k-diffusion has 0.5.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
+    check_number("curvature", curvature, -math.inf)
     old: list[tuple[Tensor, Node]] = []  # newest first
     for k, (s, t) in enumerate(grid.steps()):
         x0 = mean = model.predict(x, s)
@@ -93,7 +95,7 @@ def sde_dpmpp_2s(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0, s
     its halves, as the SDE has it, where k-diffusion adds up a Brownian motion in sigma.
     eta, s_noise: as for `sde_dpmpp_1`.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     for s, t in grid.steps():
         x0 = model.predict(x, s)
         middle = _between(grid, s, t)
@@ -118,7 +120,7 @@ def euler_ancestral(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0
     eta: how much of the noise at t is new; 0 is `euler`, 1 equals `ddpm`; above, all noise may be new.
     s_noise: the standard deviation of the new noise, as in `heun`.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     for s, t in grid.steps():
         below, fresh = _below(s, t, eta)
         x = _raised(model, exponential_step(x, model.predict(x, s), s, below), fresh * s_noise)
@@ -128,21 +130,19 @@ def euler_ancestral(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0
 def euler_ancestral_flow(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Tensor:
     """`euler_ancestral` as used for rectified flows ("Euler ancestral RF" of ComfyUI and diffusers' LTX scheduler).
 
-    Euler to sigma_t (1 + eta (sigma_t / sigma_s - 1)), then noise up to t. Its eta = 1 adds less noise than that of
-    `euler_ancestral`. Raises ValueError where the schedule has no alpha = 1 - sigma.
+    Euler to tau_t (1 + eta (tau_t / tau_s - 1)), then noise up to t, with tau = sigma / (alpha + sigma): sigma itself
+    for `fs.Flow`; other schedules are taken in the frame of flow.py. Its eta = 1 adds less noise than that of
+    `euler_ancestral`.
     eta: how much noise, in [0, 1]; 0 is `euler`. s_noise: as for `euler_ancestral`.
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta:g}: there is no noise level below 0 to step to")
-    if any(abs(node.alpha + node.sigma - 1) > 1e-6 for node in grid.nodes):
-        raise ValueError(
-            f"euler_ancestral_flow needs alpha = 1 - sigma (fs.Flow), got {grid.schedule!r}; use euler_ancestral"
-        )
+    check_number("eta", eta, 0, 1, ": there is no noise level below 0 to step to")
+    check_number("s_noise", s_noise)
     for s, t in grid.steps():
-        sigma = t.sigma * (1 + eta * (t.sigma / s.sigma - 1))
-        below = Node(t.t, t.alpha, t.alpha * sigma / (1 - sigma))
-        x = exponential_step(x, model.predict(x, s), s, below)
-        x = _raised(model, x, math.sqrt(max(t.sigma**2 - below.sigma**2, 0.0)) * s_noise)
+        before, tau = (node.sigma / (node.alpha + node.sigma) for node in (s, t))
+        less = eta * (1 - tau / before)  # the share of tau_t to step further; exactly 0, and so no noise, at eta = 0
+        kept = (1 - less) / (1 + less * t.sigma / t.alpha)  # of the level sigma / alpha
+        x = exponential_step(x, model.predict(x, s), s, Node(t.t, t.alpha, kept * t.sigma))
+        x = _raised(model, x, t.sigma * math.sqrt(1 - kept**2) * s_noise)
     return x
 
 
@@ -152,7 +152,7 @@ def dpm2_ancestral(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 1.0,
     "dpm_2_ancestral" of k-diffusion. Two evaluations a step, one where it is infinite in lam. eta, s_noise: as for
     `euler_ancestral`; eta = 0 has order 2.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     for s, t in grid.steps():
         x0 = model.predict(x, s)
         below, fresh = _below(s, t, eta)
@@ -173,7 +173,7 @@ def dpmpp_2s_ancestral(model: Predictor, x: Tensor, grid: Grid, *, eta: float = 
     Two evaluations a step, one where it is infinite in lam. eta, s_noise: as for `euler_ancestral`; eta = 0 is
     `dpmpp_2s`.
     """
-    _check_eta(eta)
+    _check(eta, s_noise)
     for s, t in grid.steps():
         x0 = model.predict(x, s)
         below, fresh = _below(s, t, eta)
@@ -223,6 +223,6 @@ def _between(grid: Grid, s: Node, t: Node) -> Node | None:
     return middle if s.lam < middle.lam < t.lam else None
 
 
-def _check_eta(eta: float) -> None:
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta must be a number of at least 0, got {eta:g}: 0 adds no noise")
+def _check(eta: float, s_noise: float) -> None:
+    check_number("eta", eta, hint=": 0 adds no noise")
+    check_number("s_noise", s_noise)

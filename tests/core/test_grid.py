@@ -13,7 +13,7 @@ import fastsample as fs
 from .toys import REGULAR, SCHEDULES, TABLES
 
 VP = fs.VP.scaled_linear()
-ANY = [fs.uniform_lam, fs.uniform_t, fs.quadratic_t, fs.power_t(1.5), fs.karras, fs.exponential, fs.beta]
+ANY = [fs.default_t, fs.uniform_lam, fs.uniform_t, fs.quadratic_t, fs.power_t(1.5), fs.karras, fs.exponential, fs.beta]
 NEED_LAM = [fs.uniform_lam, fs.karras, fs.exponential]
 TABLE = [fs.leading, fs.trailing, fs.linspace]
 names = lambda f: getattr(f, "__name__", str(f))  # noqa: E731
@@ -30,7 +30,8 @@ def test_a_grid_falls_from_start_to_end_in_steps(schedule, spacing, steps):
     start = 0.999 if spacing in NEED_LAM and isinstance(schedule, fs.Flow) else None  # at t = 1 its lam is -inf
     grid = fs.grid(schedule, steps, spacing, start=start)
     assert len(grid) == steps == len(list(grid.steps()))
-    assert grid.nodes[0].t == (start or schedule.t_max)
+    late = spacing is fs.default_t and 2 < steps < 12 and not start
+    assert (grid.nodes[0].t == (start or schedule.t_max)) is not late
     assert (grid.nodes[-1].t, grid.nodes[-1].sigma) == (schedule.t_zero, 0)
     assert all(t.t < s.t and t.lam > s.lam for s, t in grid.steps())
     assert all(s.sigma > 0 for s, _ in grid.steps())
@@ -97,6 +98,47 @@ def test_powers_of_t_are_the_named_spacings_and_even_in_their_root():
     given = np.array(times(fs.grid(fs.VPContinuous(), 5, fs.power_t(1.5), end=1e-3)))
     np.testing.assert_allclose(np.diff(given ** (1 / 1.5)), np.diff(given ** (1 / 1.5))[0], rtol=1e-12)
     assert fs.grid(VP, 3, fs.power_t(1.5)).spacing == "power_t(1.5)"
+
+
+LINEAR = fs.VP.linear()
+
+
+@pytest.mark.parametrize(("steps", "rho"), [(3, 1.75), (11, 1.75), (12, 2.0), (40, 2.0)])
+def test_the_default_spacing_is_a_power_of_the_linear_schedules_time(steps, rho):
+    start = 999 - 1000 / steps if steps < 12 else 999.0
+    ours = times(fs.grid(LINEAR, steps, fs.default_t))
+    assert ours == pytest.approx(times(fs.grid(LINEAR, steps, fs.power_t(rho), start=start)), abs=1e-6)
+    told = times(fs.grid(LINEAR, steps, fs.default_t, start=700.0))
+    assert told == pytest.approx(times(fs.grid(LINEAR, steps, fs.power_t(rho), start=700.0)), abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+def test_the_default_spacing_has_the_same_levels_on_every_schedule(steps):
+    lams = [node.lam for node in fs.grid(LINEAR, steps, fs.default_t, start=500.0, end=50.0).nodes]
+    for schedule in REGULAR.values():
+        start, end = (float(schedule.time(lam)) for lam in (lams[0], lams[-1]))
+        grid = fs.grid(schedule, steps, fs.default_t, start=start, end=end)
+        np.testing.assert_allclose([node.lam for node in grid.nodes], lams, atol=1e-6)
+
+
+def test_the_default_spacing_starts_at_alpha_0_with_many_steps_and_below_it_with_few():
+    for schedule in (fs.Flow(), TABLES["zero_terminal_snr"]):
+        assert fs.grid(schedule, 12, fs.default_t).nodes[0].alpha == 0
+        assert fs.grid(schedule, 6, fs.default_t).nodes[0].alpha > 0
+        assert fs.grid(schedule, 2, fs.default_t).nodes[0].alpha == 0
+
+
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_a_late_spacing_starts_where_leading_does(steps):
+    late = fs.grid(LINEAR, steps, fs.late(fs.uniform_t))
+    assert late.nodes[0].t == pytest.approx(fs.grid(LINEAR, steps, fs.leading).nodes[0].t, abs=1.01)
+    assert times(late) == pytest.approx(times(fs.grid(LINEAR, steps, fs.uniform_t, start=late.nodes[0].t)))
+    assert late.spacing == "late uniform_t"
+
+
+def test_one_step_of_a_late_spacing_starts_at_the_noise():
+    assert times(fs.grid(LINEAR, 1, fs.late(fs.uniform_t))) == [999, -1]
+    assert times(fs.grid(LINEAR, 1, fs.default_t)) == [999, -1]
 
 
 def test_exponential_is_even_in_the_logarithm_of_the_level_with_both_ends_evaluated():
@@ -262,10 +304,11 @@ def test_spacings_that_need_no_lam_start_at_zero_terminal_snr():
         (lambda: fs.grid(VP, 8, strength=0.0), "above 0 and at most 1, and must leave one, got 0"),
         (lambda: fs.grid(VP, 8, strength=1.5), "got 1.5"),
         (lambda: fs.grid(VP, 8, strength=0.1), "of the 8 steps.*got 0.1"),
+        (lambda: fs.grid(VP, 8, fs.late(fs.uniform_t), start=600.0), "chooses its start itself, got start = 600"),
         (lambda: fs.power_t(0.0), "must be positive and finite, got 0"),
         (lambda: fs.power_t(math.inf), "rho of power_t must be positive and finite, got inf"),
         (lambda: fs.grid(VP, 8, partial(fs.karras, rho=0.0)), "rho of karras must be positive and finite, got 0.0"),
-        (lambda: fs.grid(VP, 8, partial(fs.beta, a=-1.0)), "a and b of a Beta distribution must be .* got -1.0 and 0.6"),
+        (lambda: fs.grid(VP, 8, partial(fs.beta, a=-1.0)), "a and b of a Beta distribution .* got -1.0 and 0.6"),
         (lambda: fs.grid(SCHEDULES["flow"], 8, fs.exponential), "exponential cannot start at t = 1"),
         (lambda: fs.grid(VP, 8, "karras"), "a function such as fs.uniform_lam .*got 'karras'"),
         (lambda: fs.grid(VP, 8, start=1000.0), "within t = 999 .. -1.*start = 1000"),

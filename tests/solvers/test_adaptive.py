@@ -172,8 +172,12 @@ def test_nan_ends_a_run_at_once(solver):
 
 def test_options_out_of_range_are_refused():
     grid = fs.grid(fs.EDM(), 1)
-    with pytest.raises(ValueError, match="relative tolerance of at least 1e-13"):
-        fs.solve(Toy(fs.EDM()), solvers.exact, grid, Z, tolerance=0.0)
+    for tolerance in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="finite relative tolerance of at least 1e-13"):
+            fs.solve(Toy(fs.EDM()), solvers.exact, grid, Z, tolerance=tolerance)
+    for limit in (0, -5):
+        with pytest.raises(RuntimeError, match=f"took {limit} evaluations"):
+            fs.solve(Toy(fs.EDM()), solvers.exact, grid, Z, limit=limit)
     for floor in (0.0, 1e4):
         with pytest.raises(ValueError, match=r"floor of rk45 must be a level sigma / alpha above 0 and below .* 80"):
             fs.solve(Toy(fs.EDM()), solvers.rk45, grid, Z, floor=floor)

@@ -47,7 +47,7 @@ def test_every_named_solver_is_tested_and_found_by_name(name):
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown solver 'ddimm'; choose one of ddpm, ddim"):
+    with pytest.raises(ValueError, match=r"unknown solver 'ddimm'; choose one of .*ddpm, ddim"):
         solvers.get("ddimm")
 
 
@@ -58,6 +58,6 @@ def _adds_noise(case, grid):
         return any(s.alpha == 0 or s.sigma / s.alpha >= case.options["s_tmin"] for s, _ in grid.steps())
     if case.solver is solvers.tcd:  # nothing lies below t_min to add noise from
         return any(t.t > grid.schedule.t_min for _, t in grid.steps())
-    if case.solver is solvers.tcd:  # down to t_min without noise
-        return any(t.t > grid.schedule.t_min for _, t in grid.steps())
+    if case.solver is solvers.restart:  # from an inner node
+        return len(grid) > 1
     return any(t.sigma > 0 for _, t in grid.steps())

@@ -155,3 +155,59 @@ def test_the_moments_are_means_under_the_weight_at_every_step_size(h):
     u = u if h < 0 else 1 - u
     expected = [float((w * u**i).sum() / w.sum()) for i in (1, 2, 3, 4)]
     assert moments(h, 4) == pytest.approx(expected, rel=1e-12)
+
+
+NAN, INF = float("nan"), float("inf")
+NOISY = [solvers.sde_dpmpp_1, solvers.sde_dpmpp_2m, solvers.sde_dpmpp_3m, solvers.sde_dpmpp_2s, solvers.euler_ancestral,
+         solvers.dpm2_ancestral, solvers.dpmpp_2s_ancestral, solvers.euler_ancestral_flow]  # fmt: skip
+WRONG = [
+    *((solver, {"eta": value}) for solver in [*NOISY, solvers.ddim] for value in (-1.0, NAN, INF, "1", None)),
+    *((solver, {"s_noise": value}) for solver in [*NOISY, solvers.restart] for value in (-1.0, NAN, INF, "1")),
+    *((solvers.ddpm, {"large": value}) for value in (-1.0, 2.0, NAN, "x")),
+    *(
+        (solver, {name: value})
+        for solver in (solvers.euler, solvers.heun)
+        for name in ("s_churn", "s_noise", "s_tmin", "s_tmax")
+        for value in (-1.0, NAN, "x")
+    ),
+    (solvers.heun, {"s_churn": 2.0, "s_tmin": 5.0, "s_tmax": 1.0}),
+    (solvers.heun, {"s_churn": INF}),
+    *(
+        (solver, {"curvature": value})
+        for solver in (solvers.dpmpp_3m, solvers.dpm_solver_3m, solvers.sde_dpmpp_3m)
+        for value in (NAN, INF, "x")
+    ),
+    *(
+        (solver, {"order": value})
+        for solver in (solvers.multistep, solvers.deis, solvers.lms, solvers.ipndm, solvers.ipndm_v, solvers.unipc)
+        for value in (0, -1, 2.0, 2.5, "2", NAN, None)
+    ),
+    *((solvers.multistep, {"variable": value}) for value in (None, 1, [], "Angle")),
+    *((solvers.multistep, {"predicts": value}) for value in (None, 1, "v")),
+    *((solvers.sa_solver, {"tau": value}) for value in (-1.0, NAN, INF, "x", 1e200)),
+    *((solvers.sa_solver, {name: value}) for name in ("s_tmin", "s_tmax") for value in (-1.0, NAN, "x")),
+    *((solvers.sa_solver, {name: v}) for name in ("predictor", "corrector") for v in (-1, 1.5, 2.0, "2", NAN)),
+    (solvers.sa_solver, {"predictor": 0}),
+    *((solvers.tcd, {"gamma": value}) for value in (-0.1, 1.1, NAN, "x", None)),
+]
+
+
+@pytest.mark.parametrize(("solver", "options"), WRONG, ids=[f"{solver.__name__}-{o}" for solver, o in WRONG])
+def test_options_without_sense_are_refused_by_name_before_any_evaluation(solver, options):
+    """Most would pass in silence: a NaN is never above 0, so no noise would be added."""
+    toy = Toy(fs.Flow())
+    grid = fs.grid(fs.Flow(), 4, fs.uniform_t, start=0.9)
+    name = next(iter(options))
+    said = {"order": "orders", "s_tmin": "s_tmin", "s_churn": "s_churn|s_tmin"}.get(name, name)
+    for run in (lambda: fs.trace(solver, grid, **options), lambda: fs.solve(toy, solver, grid, NOISE, **options)):
+        with pytest.raises(ValueError, match=rf"({said}) .*(got|and|choose) "):
+            run()
+    assert not toy.calls
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF, "x"])
+def test_the_constants_of_a_variable_are_checked_when_it_is_made(value):
+    with pytest.raises(ValueError, match=r"sigma_data of Angle must be a number of at least 0\.001, got"):
+        solvers.Angle(value)
+    with pytest.raises(ValueError, match=r"rho of Level must be a number of at least 0\.001, got"):
+        solvers.Level(value)

@@ -113,6 +113,8 @@ def test_restarts_shrink_the_error_that_a_run_has_made():
 @pytest.mark.parametrize(
     ("intervals", "cause"),
     [
+        ([(0.3, 2.0)], r"intervals of restart must be a list of solvers.Interval\(low, high\), got \[\(0.3, 2.0\)\]"),
+        (Interval(0.3, 2.0), r"must be a list of solvers.Interval\(low, high\), got Interval\(low=0.3, high=2.0"),
         ((), r"at least one interval and a grid of at least 2 steps, got 0 and 6"),
         ((Interval(0.3, 100.0),), r"begins at the grid's nearest level 0.\d+, .* above whose start 80"),
         ((Interval(0.02, 0.025),), r"begins at the grid's nearest level 0.08\d+, below which"),
@@ -128,10 +130,50 @@ def test_intervals_that_do_not_fit_the_grid_are_refused(intervals, cause):
 def test_intervals_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match=r"goes up from low to high, two levels sigma / alpha, got 2 to 0.3"):
         Interval(2.0, 0.3)
-    with pytest.raises(ValueError, match=r"at least 1, got 0 and 4"):
-        Interval(0.3, 2.0, repeats=0)
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=r"whole numbers of at least 1, got .* and 4"):
+            Interval(0.3, 2.0, repeats=wrong)
+
+
+def test_without_intervals_it_restarts_once_from_near_a_tenth_to_twenty_times_its_level():
+    grid = fs.grid(fs.EDM(), 30, fs.karras)
+    levels = [node.sigma for node in grid.nodes]
+    low = min(levels[1:-1], key=lambda level: abs(math.log(level / 0.1)))
+    assert 0.08 < low < 0.125
+    share = ((20 * low) ** (1 / 7) - low ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    steps = int(29 * share)  # as many as the grid has there, of its 29 to level 0.002
+    by_name = fs.solve(mixture(fs.EDM()), solvers.get("restart"), grid, NOISE)
+    said = fs.solve(mixture(fs.EDM()), solvers.restart, grid, NOISE, intervals=[Interval(low, 20 * low, steps=steps)])
+    assert torch.equal(by_name, said)
+
+
+def test_without_intervals_any_grid_will_do():
+    for schedule in SCHEDULES.values():
+        start = 0.98 * schedule.t_max
+        one = fs.grid(schedule, 1, start=start)  # no level to restart from
+        heun = fs.solve(mixture(schedule), solvers.heun, one, NOISE)
+        assert torch.equal(fs.solve(mixture(schedule), solvers.restart, one, NOISE), heun)
+        for steps in (2, 3, 50):
+            for end in (None, schedule.t_min):
+                for base in (solvers.heun, solvers.dpmpp_2m):
+                    grid = fs.grid(schedule, steps, fs.quadratic_t, start if base is solvers.heun else None, end)
+                    x = fs.solve(mixture(schedule), solvers.restart, grid, NOISE, base=base)
+                    assert x.isfinite().all()
+                    assert len(fs.trace(solvers.restart, grid, base=base).noises) == 1
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "vp_cosine", "edm", "vp_continuous"])
+def test_a_restart_may_go_up_to_the_start_of_the_schedule(name):
+    schedule = SCHEDULES[name]
+    for start in (schedule.t_max, 0.9 * schedule.t_max):
+        grid = fs.grid(schedule, 6, fs.uniform_t, start=start)
+        low, top = math.exp(-grid.nodes[3].lam), math.exp(-grid.nodes[0].lam)
+        plan = fs.trace(solvers.restart, grid, intervals=[Interval(low, top)], base=solvers.dpmpp_2m)
+        assert plan.nfe == 6 + 4
 
 
 def test_a_base_that_ends_with_noise_is_refused():
+    with pytest.raises(ValueError, match=r"base of restart must be a solver such as solvers.heun, got 'heun'"):
+        fs.trace(solvers.restart, fs.grid(fs.EDM(), 6, fs.karras), intervals=ONE, base="heun")
     with pytest.raises(ValueError, match="restart draws two noises between two evaluations"):
         fs.trace(solvers.restart, fs.grid(fs.EDM(), 6, fs.karras), intervals=ONE, base=solvers.euler_ancestral)
