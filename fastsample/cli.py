@@ -79,18 +79,25 @@ def _options(words: list[str] | None) -> dict[str, Any]:
 
 
 Model = Annotated[str, typer.Option(help=MODEL_HELP)]
-Solver = Annotated[str, typer.Option(callback=_solver, help=f"One of {', '.join(solvers.SOLVERS)}.")]
+Solver = Annotated[
+    str, typer.Option(callback=_solver, help=f"One of {', '.join(solvers.SOLVERS)}; docs/solvers.md says which when.")
+]
 Steps = Annotated[int, typer.Option(min=1, help="Intervals of the grid.")]
 Spacing = Annotated[str, typer.Option(callback=_spacing, help=f"One of {', '.join(fs.SPACINGS)}.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count on.")]
 Option = Annotated[list[str] | None, typer.Option(help="An option of the solver, as name=value; may be repeated.")]
 End = Annotated[float | None, typer.Option(help="Time to stop at, in the schedule's units; without it sigma = 0.")]
 LowerOrderFinal = Annotated[
-    bool, typer.Option("--lower-order-final", help="Let the order of multistep solvers fall over the last steps.")
+    bool,
+    typer.Option(
+        "--lower-order-final/--full-order-final", help="Let the order of multistep solvers fall over the last steps."
+    ),
 ]
 Label = Annotated[int | None, typer.Option(help="Class of every sample; without it the seeds take turns.")]
 Scale = Annotated[float, typer.Option(help="Classifier-free guidance: 1 is none.")]
-Null = Annotated[int | None, typer.Option(help="Label that means no class, for --scale; digits know theirs.")]
+Null = Annotated[
+    int | None, typer.Option(help="Label that means no class, for --scale, where the model does not know it.")
+]
 
 
 @app.command()
@@ -111,15 +118,16 @@ def demo(
 @app.command()
 def sample(
     model: Model = "digits",
-    solver: Solver = "dpmpp_2m",
+    solver: Solver = "default",
     steps: Steps = 8,
-    spacing: Spacing = "uniform_lam",
+    spacing: Spacing = "default_t",
     plan: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Run this saved plan; solver, steps and spacing are ignored."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 20,
     option: Option = None,
+    lower_order_final: LowerOrderFinal = True,
     label: Label = None,
     scale: Scale = 1.0,
     null: Null = None,
@@ -138,8 +146,11 @@ def sample(
 
     folder(out.parent)
     network = _load(model)
-    chosen = fs.Plan.load(plan) if plan else _trace(network, solver, steps, spacing, _options(option))
-    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    if plan:
+        chosen = fs.Plan.load(plan)
+    else:
+        chosen = _trace(network, solver, steps, spacing, _options(option), lower_order_final=lower_order_final)
+    source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
     images = fs.sample(source, chosen, noise, condition=condition)
     write(out.with_suffix(".npz"), lambda path: np.savez(path, images=images.numpy()))
     rows = {f"seed {seed + 10 * k} on": part for k, part in enumerate(images[:MOST_SHOWN].split(10))}
@@ -157,12 +168,12 @@ app.add_typer(plan_app, name="plan")
 def show_plan(
     context: typer.Context,
     model: Model = "digits",
-    solver: Solver = "dpmpp_2m",
+    solver: Solver = "default",
     steps: Steps = 8,
-    spacing: Spacing = "uniform_lam",
+    spacing: Spacing = "default_t",
     option: Option = None,
     end: End = None,
-    lower_order_final: LowerOrderFinal = False,
+    lower_order_final: LowerOrderFinal = True,
     save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the plan as JSON.")] = None,
 ) -> None:
     """Print exactly what a solver will compute; `plan pick` measures which one to take."""
@@ -198,7 +209,7 @@ def pick_plan(
     folder(out.parent)
     budgets = list(dict.fromkeys(steps or [8]))
     network = _load(model)
-    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
     reference = solvers.converged(source, noise, end=end, condition=condition)
     for nfe in budgets:
         ranking = solvers.pick(source, nfe, noise, end=end, condition=condition, reference=reference)
@@ -228,7 +239,7 @@ def tune(
     """Fit the times of a plan to a model; a killed run goes on."""
     _need("diffusers")
     network = _load(model)
-    source, noise, condition = _drawn(network, model, range(seed, seed + count), label, scale, null)
+    source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
     tuned = solvers.tune(
         source,
         steps,
@@ -350,12 +361,10 @@ def _conditions(
 
 
 def _drawn(
-    network: fs.Denoiser, model: str, seeds: range, label: int | None, scale: float, null: int | None
+    network: fs.Denoiser, seeds: range, label: int | None, scale: float, null: int | None
 ) -> tuple[fs.Model, fs.Noise, _Condition]:
     """The model with its guidance, the noises and the conditions of these seeds."""
-    from fastsample.zoo.digits import NULL
-
-    null = NULL if model == "digits" else null
+    null = getattr(network.network, "null", None) if null is None else null
     condition, shape = _conditions(network, seeds, label, null)
     if scale == 1:
         return network, fs.noise(shape, seeds), condition

@@ -61,7 +61,7 @@ def test_a_solver_takes_its_options_from_the_command_line(command, tmp_path):
     words = ["--solver", "multistep", "--option", "order=2", "--option", "variable=lam", "--steps", 3]
     status, *_ = command("plan", *words, "--end", 5, "--lower-order-final", "--save", tmp_path / "p.json")
     assert status == 0
-    grid = fs.grid(zoo.digits().schedule, 3, end=5.0, lower_order_final=True)
+    grid = fs.grid(zoo.digits().schedule, 3, fs.default_t, end=5.0, lower_order_final=True)
     assert fs.Plan.load(tmp_path / "p.json") == fs.trace(solvers.multistep, grid, order=2, variable="lam")
 
 
@@ -239,8 +239,12 @@ def test_doctor_lists_versions_and_remedies(command):
 
 
 def test_guiding_a_model_from_a_folder_needs_the_label_that_means_none(command, tmp_path):
-    fs.save_pretrained(zoo.digits(), tmp_path / "model")
+    model = zoo.digits()
     words = ["sample", "--model", tmp_path / "model", "--steps", 2, "--count", 3, "--scale", 2.0]
+    fs.save_pretrained(model, tmp_path / "model")  # it knows its own
+    assert command(*words, "--out", tmp_path / "a.png")[0] == 0
+    model.network.null = None
+    fs.save_pretrained(model, tmp_path / "model")
     status, _, err = command(*words, "--out", tmp_path / "a.png")
     assert (status, "needs --null" in err) == (2, True)
     assert command(*words, "--null", 10, "--out", tmp_path / "a.png")[0] == 0

@@ -38,6 +38,7 @@ def test_the_network_is_as_described(network):
     assert network.schedule == fs.VP.scaled_linear()
     assert not network.network.training
     fresh = digits_network("eps")
+    assert fresh.network.null == network.network.null == NULL
     assert [p.shape for p in fresh.network.parameters()] == [p.shape for p in network.network.parameters()]
 
 
