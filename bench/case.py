@@ -153,8 +153,8 @@ def cost(case: Case, counted: Counted, batch: int) -> Cost:
     if count.rows != promised * batch and not weak:
         raise ValueError(
             f"the plan promises nfe = {nfe}, {promised} rows of the network for each sample, but it saw "
-            f"{count.rows / batch:g} in {count.calls} calls; a model that evaluates its network more than once must say "
-            f"so: see fs.Wrapper"
+            f"{count.rows / batch:g} in {count.calls} calls; a model that evaluates its network more than once must "
+            f"say so: see fs.Wrapper"
         )
     return Cost(nfe, count.calls, float(promised))
 

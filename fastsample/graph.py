@@ -92,7 +92,7 @@ class CudaRecorder:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on, say to load data
                     result = work()
             except torch.OutOfMemoryError:
                 raise

@@ -321,7 +321,7 @@ def k_sampling() -> Any:
     if spec is None:
         raise ImportError(f"the study runs k-diffusion beside us: {INSTALL}")
     package = types.ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations or [])
+    package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or [])
     sys.modules["k_diffusion"] = package
     missing = [name for name in _UNUSED if importlib.util.find_spec(name.partition(".")[0]) is None]
     for name in missing:
