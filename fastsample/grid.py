@@ -248,7 +248,7 @@ def default_t(schedule: Schedule, steps: int, start: float, end: float | None) -
     """The spacing of `solvers.default`, chosen by measurement (docs/solvers.md); alike in lam on every schedule.
 
     With the t of DDPM's linear schedule at the same lam: equal steps in (t + 1)^(1 / 1.75) below 12 steps, in
-    (t + 1)^(1 / 2) from there. Below 12 steps a run from t_max is `late`.
+    (t + 1)^(1 / 2) from there. From 3 to 11 steps a run from t_max is `late`.
     """
     rho, zero = (1.75 if steps < 12 else 2.0), _DDPM.t_zero
     last = schedule.t_min if end is None else end
@@ -262,10 +262,10 @@ def default_t(schedule: Schedule, steps: int, start: float, end: float | None) -
 
 
 def late(spacing: Spacing) -> Spacing:
-    """`spacing`, begun lower by one of `steps` equal steps in the t of DDPM's linear schedule, as `leading` is.
+    """`spacing`, begun at index 999 - 1000 / steps of DDPM's linear schedule, or at its level in other schedules.
 
-    What little of the data is in the noise up there is often not worth a step. A grid with such a spacing takes no
-    `start`.
+    What little of the data is in the noise up there is often not worth a step; `leading` starts there too. A schedule
+    that has less noise than that is begun at t_max. A grid with such a spacing takes no `start`.
     """
     name = f"late {getattr(spacing, '__name__', type(spacing).__name__)}"
 
@@ -279,9 +279,10 @@ def late(spacing: Spacing) -> Spacing:
 
 
 def _later(schedule: Schedule, steps: int, start: float, last: float) -> float:
-    top, low = (min(float(_DDPM.time(schedule.lam(t))), _DDPM.t_max) for t in (start, last))
-    begin = top - (_DDPM.t_max + 1) / steps
-    return float(schedule.time(float(_DDPM.lam(begin)))) if begin > low else start
+    """The lower in noise of start and the level of index 999 - 1000 / steps of DDPM's linear schedule."""
+    begin = _DDPM.t_max - (_DDPM.t_max + 1) / steps
+    top, low = (float(_DDPM.time(schedule.lam(t))) for t in (start, last))
+    return float(schedule.time(float(_DDPM.lam(begin)))) if low < begin < top else start
 
 
 def uniform_lam(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:

@@ -13,6 +13,7 @@ import fastsample as fs
 from .toys import REGULAR, SCHEDULES, TABLES
 
 VP = fs.VP.scaled_linear()
+LINEAR = fs.VP.linear()
 ANY = [fs.default_t, fs.uniform_lam, fs.uniform_t, fs.quadratic_t, fs.power_t(1.5), fs.karras, fs.exponential, fs.beta]
 NEED_LAM = [fs.uniform_lam, fs.karras, fs.exponential]
 TABLE = [fs.leading, fs.trailing, fs.linspace]
@@ -31,6 +32,7 @@ def test_a_grid_falls_from_start_to_end_in_steps(schedule, spacing, steps):
     grid = fs.grid(schedule, steps, spacing, start=start)
     assert len(grid) == steps == len(list(grid.steps()))
     late = spacing is fs.default_t and 2 < steps < 12 and not start
+    late = late and float(schedule.lam(schedule.t_max)) < float(LINEAR.lam(999 - 1000 / steps))
     assert (grid.nodes[0].t == (start or schedule.t_max)) is not late
     assert (grid.nodes[-1].t, grid.nodes[-1].sigma) == (schedule.t_zero, 0)
     assert all(t.t < s.t and t.lam > s.lam for s, t in grid.steps())
@@ -100,9 +102,6 @@ def test_powers_of_t_are_the_named_spacings_and_even_in_their_root():
     assert fs.grid(VP, 3, fs.power_t(1.5)).spacing == "power_t(1.5)"
 
 
-LINEAR = fs.VP.linear()
-
-
 @pytest.mark.parametrize(("steps", "rho"), [(3, 1.75), (11, 1.75), (12, 2.0), (40, 2.0)])
 def test_the_default_spacing_is_a_power_of_the_linear_schedules_time(steps, rho):
     start = 999 - 1000 / steps if steps < 12 else 999.0
@@ -134,6 +133,11 @@ def test_a_late_spacing_starts_where_leading_does(steps):
     assert late.nodes[0].t == pytest.approx(fs.grid(LINEAR, steps, fs.leading).nodes[0].t, abs=1.01)
     assert times(late) == pytest.approx(times(fs.grid(LINEAR, steps, fs.uniform_t, start=late.nodes[0].t)))
     assert late.spacing == "late uniform_t"
+
+
+def test_a_schedule_of_less_noise_is_not_begun_late():
+    assert times(fs.grid(VP, 6, fs.late(fs.uniform_t))) == times(fs.grid(VP, 6, fs.uniform_t))
+    assert fs.grid(VP, 6, fs.default_t).nodes[0].t == 999
 
 
 def test_one_step_of_a_late_spacing_starts_at_the_noise():
