@@ -282,18 +282,33 @@ COLUMNS = ("default", "picked", "tuned")
 
 
 def _summary(results: Sequence[Result], end: str, names: Sequence[str]) -> list[str]:
-    """Geometric means of the ratios to the best peer of each problem and NFE; below 1 is less error than it."""
+    """Geometric means of the ratios to the best peer, for each problem and for each NFE; below 1 is less error."""
+    by_name = {name: [r for r in results if (r.problem, r.end) == (name, end)] for name in names}
+    crossed = any(r.section == "crossed" for r in results)
+    heads = ["the default", "picked", "tuned", *["the default over the best crossed peer"] * crossed]
     lines = [
         f"Error over that of the best peer, geometric mean over NFE {', '.join(map(str, JUDGED))} (tuned: "
         f"{', '.join(map(str, TUNED_NFES))}); in brackets the worst NFE.",
         "",
-        "| problem | the default | picked | tuned | the default over the best crossed peer |",
-        "| --- | --- | --- | --- | --- |",
+        f"| problem | {' | '.join(heads)} |",
+        f"| --- |{' --- |' * len(heads)}",
     ]
-    for name in names:
-        rows = [r for r in results if (r.problem, r.end) == (name, end)]
+    for name, rows in by_name.items():
         cells = [_mean(ratios(rows, section)) for section in COLUMNS]
-        lines.append(f"| {name} | {' | '.join([*cells, _mean(_crossed(rows))])} |")
+        lines.append(f"| {name} | {' | '.join([*cells, *[_mean(_crossed(rows))] * crossed])} |")
+    lines += [
+        "",
+        f"The same at each NFE, geometric mean over the {len(names)} problems; in brackets the worst of them.",
+        "",
+        "| NFE | the default | picked | tuned |",
+        "| --- | --- | --- | --- |",
+    ]
+    for nfe in sorted({r.nfe for r in results if r.end == end}):
+        found = [
+            [one[nfe] for rows in by_name.values() if nfe in (one := ratios(rows, section))] for section in COLUMNS
+        ]
+        cells = [f"**{geometric_mean(one):.2f}** ({max(one):.2f})" if one else "" for one in found]
+        lines.append(f"| {nfe} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -311,12 +326,9 @@ def _mean(by_nfe: dict[int, float]) -> str:
 
 
 def _problem(rows: Sequence[Result], name: str) -> list[str]:
-    lines = [
-        f"### {name}",
-        "",
-        "| NFE | best peer | error | the default | picked | tuned | best crossed peer |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    crossed = any(r.section == "crossed" for r in rows)
+    heads = ["NFE", "best peer", "error", "the default", "picked", "tuned", *["best crossed peer"] * crossed]
+    lines = [f"### {name}", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for nfe in sorted({r.nfe for r in rows}):
         peer = best(rows, "peer", nfe)
         cells = [f"{peer.method}" if peer else "", _shown(peer)]
@@ -324,8 +336,8 @@ def _problem(rows: Sequence[Result], name: str) -> list[str]:
             found = best(rows, section, nfe)
             share = f", x {found.rms / peer.rms:.2f}" if found and peer else ""
             cells.append(f"{_shown(found)}{share}")
-        crossed = best(rows, "crossed", nfe)
-        cells.append(f"{crossed.method} {_shown(crossed)}" if crossed else "")
+        other = best(rows, "crossed", nfe)
+        cells += [f"{other.method} {_shown(other)}" if other else ""] * crossed
         lines.append(f"| {nfe} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -356,8 +368,11 @@ error: {samples} start noises that nothing of ours was chosen on; the same noise
 
 - The default: `solvers.default` on `fs.default_t` with `lower_order_final`, at every NFE and on every problem.
 - Picked: the best of `solvers.FAMILY` on {len(PICK_SEEDS)} other noises. Tuned: `solvers.tune` on {len(TUNE_SEEDS)}.
-- The best peer is the best of some eighty, on the very noises that are reported. Crossed: a peer's method on
-  another peer's spacing, which nobody ships.
+- The best peer is the best of some eighty, on the very noises that are reported. Crossed (a section of its own): a
+  peer's method on another peer's spacing, which nobody ships.
+- The peers that are on no package index are written anew from their formulas (`bench/studies/peer_forms.py`) and
+  compared with stored outputs of the originals by tests. gmm2 has the published constants; gmm64 and gmm64cfg4 are our
+  own instances of the published description; the digits are scikit-learn's.
 
 {table(results)}
 Made by `python bench/studies/solver_errors.py`; {versions}; {machine.get("cpu", "")}. Every row: solver_errors.csv.
