@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from fastsample.denoiser import Count, Denoiser, Model, begin
-from fastsample.grid import Node, Spacing, grid
+from fastsample.grid import Node, grid
 from fastsample.guidance import Autoguided
 from fastsample.plan import Plan
 from fastsample.schedule import Schedule
+from fastsample.spacing import Spacing
 from fastsample.tracing import Solver, trace
 from fastsample.wrapper import rows
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser
-from fastsample.grid import Grid, Node, Nodes, Spacing, grid, per_sample, uniform_t
+from fastsample.grid import Grid, Node, Nodes, grid, per_sample
 from fastsample.prediction import EPS
+from fastsample.spacing import Spacing, uniform_t
 
 from .method import Batch, Method, check_drop, conditions, dropped
 from .times import noisy

@@ -6,11 +6,16 @@ from .adapters.pretrained import from_pretrained, save_pretrained
 from .denoiser import TIMES, Denoiser, Model
 from .gaussian import Gaussian
 from .graph import Compiled, compile
-from .grid import (
+from .grid import Grid, Node, Nodes, exponential_step, grid, node, nodes, per_sample
+from .guidance import Autoguided, Guided, ProjectedGuided, Thresholded, cfg_plus_plus
+from .inpaint import Inpainted
+from .noise import Noise, noise
+from .plan import Plan, Row
+from .prediction import Prediction, prediction
+from .sampling import sample, solve
+from .schedule import EDM, VP, Flow, Schedule, VPContinuous
+from .spacing import (
     SPACINGS,
-    Grid,
-    Node,
-    Nodes,
     Spacing,
     at_times,
     ays_sd15,
@@ -19,15 +24,10 @@ from .grid import (
     beta,
     default_t,
     exponential,
-    exponential_step,
-    grid,
     karras,
     late,
     leading,
     linspace,
-    node,
-    nodes,
-    per_sample,
     power_t,
     quadratic_t,
     snr_table,
@@ -35,13 +35,6 @@ from .grid import (
     uniform_lam,
     uniform_t,
 )
-from .guidance import Autoguided, Guided, ProjectedGuided, Thresholded, cfg_plus_plus
-from .inpaint import Inpainted
-from .noise import Noise, noise
-from .plan import Plan, Row
-from .prediction import Prediction, prediction
-from .sampling import sample, solve
-from .schedule import EDM, VP, Flow, Schedule, VPContinuous
 from .tracing import trace
 from .wrapper import Wrapper, rows
 

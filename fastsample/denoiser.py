@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .grid import Node, Nodes, Spacing, per_sample
+from .grid import Node, Nodes, per_sample
 from .prediction import Prediction, prediction
 from .schedule import Schedule
+from .spacing import Spacing
 
 
 class Model(Protocol):

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from fastsample.adapters.diffusers import PREDICTS
 from fastsample.adapters.schedulers import CURVES, KNOWN, schedule_of, spacing_of
-from fastsample.grid import SPACINGS, Grid, Node, Spacing, at_times, exponential, grid, karras
+from fastsample.grid import Grid, Node, grid
 from fastsample.guidance import Thresholded
 from fastsample.prediction import PREDICTIONS, Prediction
 from fastsample.schedule import EDM, Flow, Schedule
+from fastsample.spacing import SPACINGS, Spacing, at_times, exponential, karras
 
 Config = Mapping[str, Any]
 Floats = NDArray[np.float64]

@@ -17,24 +17,13 @@ from torch import Tensor
 
 from fastsample.denoiser import Model
 from fastsample.gaussian import Gaussian
-from fastsample.grid import (
-    Grid,
-    Spacing,
-    at_times,
-    default_t,
-    grid,
-    karras,
-    late,
-    power_t,
-    quadratic_t,
-    uniform_lam,
-    uniform_t,
-)
+from fastsample.grid import Grid, grid
 from fastsample.noise import Noise
 from fastsample.plan import Plan
 from fastsample.progress import track
 from fastsample.sampling import sample, solve
 from fastsample.schedule import Schedule
+from fastsample.spacing import Spacing, at_times, default_t, karras, late, power_t, quadratic_t, uniform_lam, uniform_t
 from fastsample.tracing import Solver, trace
 
 from .adams import ipndm, lms

@@ -9,8 +9,9 @@ from numbers import Integral
 
 from torch import Tensor
 
-from fastsample.grid import Grid, Node, Spacing, karras
+from fastsample.grid import Grid, Node
 from fastsample.grid import grid as spaced
+from fastsample.spacing import Spacing, karras
 from fastsample.tracing import Solver
 
 from .ddim import noised

@@ -31,10 +31,11 @@ from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastsample.grid import SPACINGS, Grid, node, per_sample
+from fastsample.grid import Grid, node, per_sample
 from fastsample.plan import Plan
 from fastsample.sampling import check_schedule
 from fastsample.schedule import EDM, VP, Flow, Schedule
+from fastsample.spacing import SPACINGS
 
 from . import get
 from .diffusers_config import REPLACED, Asked, Network, grid_for, parameters, prediction_for, schedule_for, whole

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..grid import SPACINGS, Spacing, karras, leading, linspace, trailing
-from ..grid import exponential as exponential_spacing
 from ..schedule import VP, Flow, Schedule
+from ..spacing import SPACINGS, Spacing, karras, leading, linspace, trailing
+from ..spacing import exponential as exponential_spacing
 
 Levels = np.ndarray[Any, np.dtype[np.float64]]
 
