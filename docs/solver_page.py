@@ -98,8 +98,8 @@ def page() -> str:
     lines += [
         "## Spacings",
         "",
-        "`fs.grid(schedule, steps, spacing)`; besides these `fs.power_t(rho)`, `fs.snr_table(levels)` and",
-        "`fs.at_times(times)`.",
+        "`fs.grid(schedule, steps, spacing)`; besides these `fs.power_t(rho)`, `fs.late(spacing)`,",
+        "`fs.snr_table(levels)` and `fs.at_times(times)`.",
         "",
         "| name | what |",
         "| --- | --- |",
