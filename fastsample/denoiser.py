@@ -117,6 +117,14 @@ class Denoiser:
             return x0
         return (x * u).add_(output, alpha=w) if u else output.mul(w)  # never the network's own tensor: it may reuse it
 
+    def affine(self, x: Tensor, node: Node, **condition: Any) -> tuple[Tensor, float, float]:
+        """(output, u, w) with x0 = u x + w output: what a step can take as it is, without the two sums of `predict`.
+
+        Raises ValueError like `predict`.
+        """
+        u, w = self._pair(node)
+        return self.output(x, node, **condition), u, w
+
     def output(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         """What the network itself says at x and node, in the dtype of x."""
         seen = x if self.dtype is None or self.dtype == x.dtype else x.to(self.dtype)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from .denoiser import Model, begin
+from .denoiser import Denoiser, Model, begin
 from .gaussian import Warm
 from .grid import Grid, Node, Nodes
 from .guidance import prediction_of
@@ -17,7 +17,7 @@ from .noise import Noise
 from .plan import Plan
 from .progress import track
 from .schedule import Schedule
-from .step import mixed_step, plan_step
+from .step import affine_step, mixed_step, plan_step
 from .table import Mixed, Stack, Table, table
 from .tracing import Solver, name_of
 from .variance import hearing, share_of
@@ -111,13 +111,20 @@ def run(
         a, c = table.entry
         x = a * x + c * noises[0]
     states = [x] if trajectory else []
+    direct = None if older else _direct(model, table)
     for k, row in enumerate(track(table.rows, table.name, progress)):
-        x0 = model.predict(x, row.node, **condition)
+        if direct is None:
+            x0 = model.predict(x, row.node, **condition)
+        else:
+            output, u, w = direct.affine(x, row.node, **condition)
+            x0 = output if callback is None else u * x + w * output
         if callback is not None:
             callback(k, x, x0)
         if widest:
             noises = [draw(k + 2) if k in used else x, *noises][:widest]
-        if isinstance(row, Mixed):
+        if direct is not None:
+            x = affine_step(x, output, u, w, noises, row)
+        elif isinstance(row, Mixed):
             x, m = mixed_step(x, x0, memory, noises, row)
         else:
             x, m = plan_step(x, x0, memory, noises, row)
@@ -126,6 +133,13 @@ def run(
         if trajectory:
             states.append(x)
     return x, states
+
+
+def _direct(model: Model, table: Table) -> Denoiser | None:
+    """The model where its steps may take the network's output as it is: a denoiser, and nothing around it."""
+    own = isinstance(model, Denoiser) and type(model).predict is Denoiser.predict and "predict" not in vars(model)
+    shared = not any(isinstance(row, Mixed) for row in table.rows)
+    return cast(Denoiser, model) if own and shared else None
 
 
 def explained(

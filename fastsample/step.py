@@ -59,6 +59,19 @@ def plan_step(
     return _sum(x, (m, *memory), noises, row.a, row.b, row.c), m
 
 
+def affine_step(x: Tensor, output: Tensor, u: float, w: float, noises: Sequence[Tensor], row: Row) -> Tensor:
+    """`plan_step` of a row of which nothing is remembered, x0 = u x + w output: the next x alone.
+
+    The factors are joined on the host in float64: two sums less, and less rounding.
+    """
+    (b,) = row.b or (0.0,)
+    a, b = row.a + b * (row.p + row.q * u), b * row.q * w
+    if not x.is_cpu:
+        op: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fastsample.plan_step.default
+        return op(x, output, [], noises, 0.0, 1.0, a, (b,), row.c)[0]
+    return _sum(x, (output,), noises, a, (b,), row.c)
+
+
 def mixed_step(
     x: Tensor, x0: Tensor, memory: Sequence[Tensor], noises: Sequence[Tensor], row: Mixed
 ) -> tuple[Tensor, Tensor]:
