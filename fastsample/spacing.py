@@ -48,10 +48,10 @@ def power_t(rho: float) -> Spacing:
 def default_t(schedule: Schedule, steps: int, start: float, end: float | None) -> list[float]:
     """The spacing of `solvers.default`, chosen by measurement (docs/solvers.md); alike in lam on every schedule.
 
-    With the t of DDPM's linear schedule at the same lam: equal steps in (t + 1)^(1 / 1.75) below 12 steps, in
-    (t + 1)^(1 / 2) from there. From 3 to 11 steps a run from t_max is `late`.
+    With the t of DDPM's linear schedule at the same lam: equal steps in (t + 1)^(1 / rho), rho = 1.5 below 6
+    steps, 1.75 below 10 and 2 from there. From 3 to 11 steps a run from t_max is `late`.
     """
-    rho, zero = (1.75 if steps < 12 else 2.0), _DDPM.t_zero
+    rho, zero = (1.5 if steps < 6 else 1.75 if steps < 10 else 2.0), _DDPM.t_zero
     last = schedule.t_min if end is None else end
     if 2 < steps < 12 and start == schedule.t_max:
         start = _later(schedule, steps, start, last)

@@ -230,7 +230,10 @@ def _code(section: str) -> str:
     """Of the files that the results of a section depend on: a change makes them anew."""
     here, ours = Path(__file__).parent, Path(solvers.__file__).parent
     theirs = section in ("peer", "crossed")
-    files = [here / "peers.py", here / "peer_forms.py"] if theirs else [Path(__file__), *sorted(ours.glob("*.py"))]
+    core = Path(fs.__file__).parent
+    files = [here / "peers.py", here / "peer_forms.py"]
+    if not theirs:
+        files = [Path(__file__), *sorted(ours.glob("*.py")), *sorted(core.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 

@@ -102,7 +102,7 @@ def test_powers_of_t_are_the_named_spacings_and_even_in_their_root():
     assert fs.grid(VP, 3, fs.power_t(1.5)).spacing == "power_t(1.5)"
 
 
-@pytest.mark.parametrize(("steps", "rho"), [(3, 1.75), (11, 1.75), (12, 2.0), (40, 2.0)])
+@pytest.mark.parametrize(("steps", "rho"), [(3, 1.5), (5, 1.5), (6, 1.75), (9, 1.75), (10, 2.0), (11, 2.0), (12, 2.0)])
 def test_the_default_spacing_is_a_power_of_the_linear_schedules_time(steps, rho):
     start = 999 - 1000 / steps if steps < 12 else 999.0
     ours = times(fs.grid(LINEAR, steps, fs.default_t))

@@ -56,7 +56,7 @@ def test_noises_depend_on_their_seeds_alone_and_the_held_out_ones_are_apart():
     assert noise.shape == (2, 64)
     assert noise.dtype == torch.float64
     assert torch.equal(noise[1:], problem.noise([7]))
-    assert len(HELD_OUT) == 2048
+    assert len(HELD_OUT) == 4096
     assert min(HELD_OUT) > 100_000
 
 
