@@ -14,7 +14,7 @@ from .gaussian import Warm
 from .grid import Grid, Node, Nodes
 from .guidance import prediction_of
 from .noise import Noise
-from .plan import Plan
+from .plan import Plan, Row
 from .progress import track
 from .schedule import Schedule
 from .step import affine_step, mixed_step, plan_step
@@ -111,35 +111,37 @@ def run(
         a, c = table.entry
         x = a * x + c * noises[0]
     states = [x] if trajectory else []
-    direct = None if older else _direct(model, table)
+    direct = None if older else _direct(model)
+
+    def newest(k: int) -> list[Tensor]:
+        return [draw(k + 2) if k in used else x, *noises][:widest] if widest else []
+
     for k, row in enumerate(track(table.rows, table.name, progress)):
-        if direct is None:
-            x0 = model.predict(x, row.node, **condition)
-        else:
+        if direct is not None and isinstance(row, Row):
             output, u, w = direct.affine(x, row.node, **condition)
-            x0 = output if callback is None else u * x + w * output
-        if callback is not None:
-            callback(k, x, x0)
-        if widest:
-            noises = [draw(k + 2) if k in used else x, *noises][:widest]
-        if direct is not None:
+            if callback is not None:
+                callback(k, x, u * x + w * output)
+            noises = newest(k)
             x = affine_step(x, output, u, w, noises, row)
-        elif isinstance(row, Mixed):
-            x, m = mixed_step(x, x0, memory, noises, row)
         else:
-            x, m = plan_step(x, x0, memory, noises, row)
-        if older:
-            memory = [m, *memory][:older]
+            x0 = model.predict(x, row.node, **condition)
+            if callback is not None:
+                callback(k, x, x0)
+            noises = newest(k)
+            if isinstance(row, Mixed):
+                x, m = mixed_step(x, x0, memory, noises, row)
+            else:
+                x, m = plan_step(x, x0, memory, noises, row)
+            memory = [m, *memory][:older] if older else memory
         if trajectory:
             states.append(x)
     return x, states
 
 
-def _direct(model: Model, table: Table) -> Denoiser | None:
+def _direct(model: Model) -> Denoiser | None:
     """The model where its steps may take the network's output as it is: a denoiser, and nothing around it."""
     own = isinstance(model, Denoiser) and type(model).predict is Denoiser.predict and "predict" not in vars(model)
-    shared = not any(isinstance(row, Mixed) for row in table.rows)
-    return cast(Denoiser, model) if own and shared else None
+    return cast(Denoiser, model) if own else None
 
 
 def explained(

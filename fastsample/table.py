@@ -67,7 +67,7 @@ class Stack:
 def table(plan: Plan | Stack, x: Tensor) -> Table:
     """The table of a run whose state is like x."""
     plans = (plan,) if isinstance(plan, Plan) else plan.plans
-    same = plans[0] if all(one is plans[0] for one in plans) else None
+    same = plans[0] if all(one == plans[0] for one in plans) else None
     rows: Sequence[Row | Mixed]
     a: Number
     c: Number
