@@ -22,7 +22,8 @@ from torch import Tensor
 import fastsample as fs
 from fastsample.bench.environment import environment
 from fastsample.bench.extractor import extractor
-from fastsample.bench.quality import Score, endpoint_rms, fd_digits
+from fastsample.bench.measure import Score
+from fastsample.bench.quality import endpoint_rms, fd_digits
 from fastsample.files import write_text
 from fastsample.zoo import digits, digits_network
 from fastsample.zoo.data import digits as images

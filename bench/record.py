@@ -1,18 +1,25 @@
-"""Records: what was measured of a case, as one JSON file each, and the run folder that holds them.
+"""Records: what was measured of a case, and the run folder that holds them.
 
-out/run.json           which cases, the settings, the environment
-out/cells/<key>.json   one record
-out/cells/<key>.npz    its first samples and their seeds
+out/run.json                        the cases, the configuration and its hash, the environments it ran in
+out/cells/<key>.json                one record
+out/samples/<quality key>/          of cases that sample the same: they differ in batch or latency settings alone
+    shard-<first index>.npz         features (and samples, while they are needed) of a range of indices
+    scores.json                     what they gave
+    samples.npz                     the first samples, for pictures, and their seeds
+    influence.npz                   measure -> [n], how much each sample moves it, for comparing two runs in pairs
+out/latency/round-<number>.json     raw times of one interleaved round of all cases
+out/latency/started.json, needs.json    the calls before the rounds; memory and energy, measured after them
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +27,10 @@ from torch import Tensor
 
 from fastsample.files import write, write_text
 
-from .latency import Times
-from .quality import Score
+from .latency import Ratio, Times, Timing
+from .measure import Score
 
-VERSION = 1
+VERSION = 2
 
 T = TypeVar("T")
 
@@ -32,8 +39,10 @@ T = TypeVar("T")
 class Record:
     """One case and what it gave; where `error` is set, what is missing was not measured.
 
-    nfe, calls, rows: as in `Cost`. scores: by the name of the measure. latency: seconds for `latency_batch` images.
-    samples: how many were kept in the .npz.
+    kind: "case", or "floor" for real images against real ones, which has scores alone (steps 0, no nfe).
+    options: the solver's keywords. settings: what else tells the case from others, such as guidance, dtype, compile,
+    batch, device. nfe, calls, rows: as in `Cost`. scores: by the name of the measure. quality: the quality key, by
+    which cases share their samples. samples: how many were kept for pictures. traceback: of the error.
     """
 
     key: str
@@ -44,39 +53,55 @@ class Record:
     spacing: str
     options: dict[str, str]
     n: int
+    kind: Literal["case", "floor"] = "case"
+    settings: dict[str, str] = field(default_factory=dict)
     nfe: int | None = None
     calls: int | None = None
     rows: float | None = None
     stochastic: bool | None = None
+    quality: str = ""
     scores: dict[str, Score] = field(default_factory=dict)
-    latency: Times | None = None
-    latency_batch: int | None = None
+    timing: Timing | None = None
     samples: int = 0
     error: str | None = None
+    traceback: str | None = None
 
     @property
     def ms_per_batch(self) -> tuple[float, float, float] | None:
         """Milliseconds for a batch: the median and its 95% interval."""
-        if self.latency is None:
+        if self.timing is None:
             return None
-        low, high = self.latency.interval_s
-        return self.latency.median_s * 1e3, low * 1e3, high * 1e3
+        low, high = self.timing.steady.interval_s
+        return self.timing.steady.median_s * 1e3, low * 1e3, high * 1e3
 
     @property
     def ms_per_image(self) -> tuple[float, float, float] | None:
         """The same for one image of that batch."""
-        if self.ms_per_batch is None or self.latency_batch is None:
+        if self.ms_per_batch is None or self.timing is None:
             return None
-        median, low, high = (ms / self.latency_batch for ms in self.ms_per_batch)
+        median, low, high = (ms / self.timing.batch for ms in self.ms_per_batch)
         return median, low, high
 
 
 def clear(folder: Path) -> None:
     """Remove an earlier run, run.json first: where that is missing, nobody takes the old cells for a run."""
     (folder / "run.json").unlink(missing_ok=True)
-    for path in (folder / "cells").glob("*"):
-        if re.match(r"\.?[0-9a-f]{16}\.(json|npz)", path.name):  # with a dot: left by a run that was killed
-            path.unlink()
+    for pattern in ("cells/*", "latency/*", "samples/*/*"):  # names with a dot are left by a run that was killed
+        for path in folder.glob(pattern):
+            if re.fullmatch(
+                r"\.?([0-9a-f]{16}|floor|round-\d+|started|needs|shard-\d+|scores|samples|influence)\..*", path.name
+            ):
+                path.unlink()
+    for path in folder.glob("samples/*"):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run that was killed left half-written: no reader takes it for good, but it fills the disk."""
+    for pattern in (".run.json.*", "cells/.*.json.*", "latency/.*.json.*", "samples/*/.*.npz.*", "samples/*/.*.json.*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_run(folder: Path, body: dict[str, Any]) -> None:
@@ -87,36 +112,87 @@ def write_record(folder: Path, record: Record) -> None:
     _write(folder / "cells" / f"{record.key}.json", "record", asdict(record))
 
 
-def write_samples(folder: Path, record: Record, samples: Tensor) -> None:
-    """samples [k, ...], of the seeds 0 .. k - 1."""
-    images, seeds = samples.float().numpy(), np.arange(len(samples))
-    path = folder / "cells" / f"{record.key}.npz"
-    write(path, lambda temporary: np.savez_compressed(temporary, samples=images, seeds=seeds))
+def write_samples(folder: Path, quality: str, samples: Tensor) -> None:
+    """samples [k, ...], of the indices 0 .. k - 1."""
+    write_arrays(
+        folder / "samples" / quality / "samples.npz",
+        {"samples": samples.float().numpy(), "seeds": np.arange(len(samples))},
+    )
 
 
-def read_samples(folder: Path, record: Record) -> Tensor:
-    with np.load(folder / "cells" / f"{record.key}.npz", allow_pickle=False) as file:
-        return torch.from_numpy(file["samples"])
+def read_samples(folder: str | Path, record: Record) -> Tensor:
+    """The kept samples [k, ...] of a record."""
+    return torch.from_numpy(read_arrays(Path(folder) / "samples" / record.quality / "samples.npz")["samples"])
+
+
+def write_influence(folder: Path, quality: str, influence: Mapping[str, Tensor]) -> None:
+    path = folder / "samples" / quality / "influence.npz"
+    write_arrays(path, {name: values.double().numpy() for name, values in influence.items()})
+
+
+def read_influence(folder: str | Path, record: Record) -> dict[str, Tensor]:
+    """Measure -> [n]: how much each sample of a record moves its score; empty where none was kept."""
+    path = Path(folder) / "samples" / record.quality / "influence.npz"
+    return {name: torch.from_numpy(values) for name, values in read_arrays(path).items()} if path.exists() else {}
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any], list[Record]]:
-    """The body of run.json and the records that are there, in the order of the cases."""
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no run.json; give the folder that bench.run wrote (its `out`)")
-    body = _read(folder / "run.json", "run", _run)
+    """The body of run.json and the records that are there, in the order of the cases, a floor first.
+
+    body: `cases` (their keys), `configuration` (what the run was asked for: shape, n, batch, shard, quality: measure ->
+    its extractor and reference, latency, converged, keep), `hash` of it, `environments` (the last is the newest),
+    `finished`.
+    """
+    folder, body = Path(folder), read_body(folder)
     paths = [folder / "cells" / f"{key}.json" for key in body["cases"]]
-    return body, [_read(path, "record", _record) for path in paths if path.exists()]
+    return body, [read_record(path) for path in paths if path.exists()]
+
+
+def read_body(folder: str | Path) -> dict[str, Any]:
+    """The body of run.json alone."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run.json; give the folder that bench.run wrote (its `out`)")
+    return _read(path, "run", _run)
+
+
+def read_record(path: Path) -> Record:
+    """Raises ValueError, naming the file, where it is damaged."""
+    return _read(path, "record", _record)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    write(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+def read_arrays(path: str | Path, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The arrays of an .npz. Raises ValueError, naming the file, where it is damaged or holds pickles.
+
+    names: those that are read, and so checked; None: all.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in (file.files if names is None else names)}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or no .npz of plain arrays ({error}); remove it and run again") from error
 
 
 def _run(body: dict[str, Any]) -> dict[str, Any]:
-    return {key: body[key] for key in ("cases", "settings", "environment", "finished")}
+    return {key: body[key] for key in ("cases", "configuration", "hash", "environments", "finished")}
 
 
 def _record(body: dict[str, Any]) -> Record:
     scores = {name: Score(**score) for name, score in body["scores"].items()}
-    latency = Times(tuple(body["latency"]["samples_s"])) if body["latency"] else None
-    return Record(**{**body, "scores": scores, "latency": latency})
+    timing = _timing(body["timing"]) if body["timing"] else None
+    return Record(**{**body, "scores": scores, "timing": timing})
+
+
+def _timing(body: dict[str, Any]) -> Timing:
+    steady = Times(tuple(body["steady"]["samples_s"]))
+    ratio = Ratio(**{**body["ratio"], "ratios": tuple(body["ratio"]["ratios"])}) if body["ratio"] else None
+    return Timing(**{**body, "steady": steady, "warmup_s": tuple(body["warmup_s"]), "ratio": ratio})
 
 
 def _write(path: Path, kind: str, body: dict[str, Any]) -> None:
