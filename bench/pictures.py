@@ -13,15 +13,17 @@ from torch import Tensor
 
 from fastsample.files import write
 
+from .front import Span, pareto_front, turned, undominated
 from .record import Record
+from .table import score_column, score_span, settings_text, solver_text
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-DASHES = (0, (4, 2))
+DASHES, DOTS = (0, (4, 2)), (0, (1, 2))
 PLACES = (  # of a label, in points from its mark
     ((-7.0, -7.0), "right"), ((7.0, 7.0), "left"), ((-9.0, 0.0), "right"), ((9.0, 0.0), "left"),
-    ((7.0, -7.0), "left"), ((0.0, -12.0), "center"), ((0.0, 12.0), "center"), ((-7.0, 7.0), "right"),
+    ((7.0, -7.0), "left"), ((6.0, 12.0), "left"), ((0.0, -12.0), "center"), ((0.0, 12.0), "center"),
+    ((-7.0, 7.0), "right"),
 )  # fmt: skip
-Span = tuple[float, float, float]  # a value and its 95% interval
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,17 @@ DARK = Theme("#e6e8eb", "#3a4047", "#16191d", ("#56B4E9", "#E69F00", "#009E73", 
 
 
 def latency_picture(records: Sequence[Record], measure: str, path: str | Path, theme: Theme = LIGHT) -> None:
-    """A measure against milliseconds an image, with the Pareto front: no other case is both faster and better."""
-    shown = [record for record in records if record.ms_per_image and measure in record.scores]
-    spans = [record.ms_per_image or (0.0, 0.0, 0.0) for record in shown]
-    _scatter(shown, spans, measure, "latency per image, ms", path, theme)
+    """A measure against milliseconds an image, with the Pareto front: what no other case beats beyond its interval."""
+    _scatter(records, measure, lambda record: record.ms_per_image, "latency per image, ms", path, theme)
 
 
 def nfe_picture(records: Sequence[Record], measure: str, path: str | Path, theme: Theme = LIGHT) -> None:
     """A measure against network evaluations, with the Pareto front."""
-    shown = [record for record in records if record.nfe and measure in record.scores]
-    spans = [(float(nfe), float(nfe), float(nfe)) for nfe in (record.nfe or 0 for record in shown)]
-    _scatter(shown, spans, measure, "network evaluations (NFE)", path, theme)
 
+    def nfe(record: Record) -> Span | None:
+        return (float(record.nfe), float(record.nfe), float(record.nfe)) if record.nfe else None
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the points that no other beats, by the first number; of equal points the first alone.
-
-    Less is better; a point is beaten by one that is as good in both numbers and better in one.
-    """
-    front: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not front or points[i][1] < points[front[-1]][1]:
-            front.append(i)
-    return front
+    _scatter(records, measure, nfe, "network evaluations (NFE)", path, theme)
 
 
 def sample_grid(images: Mapping[str, Tensor], path: str | Path, *, columns: int = 16, pixels: int = 48) -> None:
@@ -102,80 +92,90 @@ def _as_picture(label: str, images: Tensor, pixels: int) -> np.ndarray[Any, Any]
 
 
 def _scatter(
-    records: Sequence[Record], spans: Sequence[Span], measure: str, axis: str, path: str | Path, theme: Theme
+    records: Sequence[Record],
+    measure: str,
+    cost: Callable[[Record], Span | None],
+    title: str,
+    path: str | Path,
+    theme: Theme,
 ) -> None:
     _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    shown = [record for record in records if record.kind == "case" and cost(record) and measure in record.scores]
+    floors = [floor for record in records if record.kind == "floor" and (floor := score_span(record, measure))]
+    more = score_column(measure, records).better == "more"
+    spans = [cost(record) or (0.0, 0.0, 0.0) for record in shown]
+    heights = [score_span(record, measure) or (0.0, 0.0, 0.0) for record in shown]
     figure = Figure(figsize=(8.5, 5.2), dpi=150, facecolor=theme.paper, layout="constrained")
     FigureCanvasAgg(figure)  # labels are placed by how large they are drawn
     axes = figure.subplots()
-    models = _styles((record.model for record in records), theme.colours)
-    solvers = _styles((_solver(record) for record in records), MARKERS)
-    heights = [_span(record, measure) for record in records]
-    points = [(span[0], height[0]) for span, height in zip(spans, heights)]
-    front = pareto_front(points)
-    _lines(axes, records, points, models)
-    for i, (record, x, y) in enumerate(zip(records, spans, heights)):
-        colour, first = models[record.model], i in front
-        axes.hlines(y[0], x[1], x[2], color=colour, lw=0.8, alpha=0.45)
-        axes.vlines(x[0], y[1], y[2], color=colour, lw=0.8, alpha=0.45)
-        axes.plot(*points[i], solvers[_solver(record)], color=colour, ms=7 if first else 5.5, mew=0.9,
-                  mec=theme.ink if first else colour, alpha=1.0 if first else 0.6, zorder=3 + first)  # fmt: skip
-    best = [points[i] for i in front]
+    models = _styles((record.model for record in shown), theme.colours)
+    solvers = _styles((solver_text(record) for record in shown), MARKERS)
+    aims = [turned(height) for height in heights] if more else heights
+    front = set(undominated(list(zip(spans, aims))))
+    line = pareto_front([(x[0], y[0]) for x, y in zip(spans, aims)])
+    xs = _axis(axes.set_xscale, axes.set_xlim, axes.xaxis, spans)
+    ys = _axis(axes.set_yscale, axes.set_ylim, axes.yaxis, [*heights, *floors])
+    points = [(xs(x[0]), ys(y[0])) for x, y in zip(spans, heights)]
+    for floor in floors:
+        axes.axhspan(ys(floor[1]), ys(floor[2]), color=theme.ink, alpha=0.08, lw=0)
+        axes.axhline(ys(floor[0]), color=theme.ink, lw=1, ls=DOTS, zorder=1)
+    _lines(axes, shown, points, models)
+    for i, (record, x, y) in enumerate(zip(shown, spans, heights)):
+        colour, first, cut = models[record.model], i in front, ys(y[0]) != y[0]
+        axes.hlines(points[i][1], xs(x[1]), xs(x[2]), color=colour, lw=1, alpha=0.5)
+        axes.vlines(points[i][0], ys(y[1]), ys(y[2]), color=colour, lw=1, alpha=0.5)
+        axes.plot(*points[i], solvers[solver_text(record)], color=colour, ms=7 if first else 5.5, mew=0.9,
+                  mec=theme.ink if first and not cut else colour, mfc="none" if cut else colour, clip_on=False,
+                  alpha=1.0 if first else 0.6, zorder=3 + first)  # fmt: skip
+    best = [points[i] for i in line]
     axes.plot([x for x, _ in best], [y for _, y in best], color=theme.ink, lw=1.3, ls=DASHES, zorder=2)
-    _axis(axes.set_xscale, axes.set_xlim, axes.xaxis, [x for span in spans for x in span])
-    _axis(axes.set_yscale, axes.set_ylim, axes.yaxis, [y for span in heights for y in span])
-    axes.set_xlabel(axis)
-    axes.set_ylabel(f"{measure} (less is better)", parse_math=False)
+    axes.set_xlabel(title)
+    cut_any = any(ys(height[0]) != height[0] for height in heights)
+    axes.set_ylabel(f"{measure} ({'more' if more else 'less'} is better)"
+                    + (", hollow: 0 or less" if cut_any else ""), parse_math=False)  # fmt: skip
     _dress(axes, theme)
-    _legend(figure, models, solvers, theme)
+    _legend(figure, models, solvers, theme, floor=bool(floors))
     figure.draw_without_rendering()
-    _label(figure, axes, best, [f"{records[i].solver}/{records[i].steps}" for i in front], points, theme)
+    figure.set_layout_engine("none")  # it is laid out, and need not be again when it is saved
+    _label(figure, axes, best, [f"{shown[i].solver}/{shown[i].steps}" for i in line], points, theme)
     write(path, lambda temporary: figure.savefig(temporary, format="png", facecolor=theme.paper))
 
 
 def _lines(
     axes: Any, records: Sequence[Record], points: Sequence[tuple[float, float]], models: Mapping[str, str]
 ) -> None:
-    """Thin lines along the steps of one model and solver."""
-    lines: dict[tuple[str, str], list[int]] = {}
+    """Thin lines along the steps of cases that are otherwise alike."""
+    lines: dict[tuple[str, str, str], list[int]] = {}
     for i, record in enumerate(records):
-        lines.setdefault((record.model, _solver(record)), []).append(i)
-    for (model, _), line in lines.items():
+        lines.setdefault((record.model, solver_text(record), settings_text(record, {})), []).append(i)
+    for (model, *_), line in lines.items():
         line.sort(key=lambda i: records[i].steps)
         axes.plot([points[i][0] for i in line], [points[i][1] for i in line], color=models[model], lw=0.8, alpha=0.35)
-
-
-def _span(record: Record, measure: str) -> Span:
-    score = record.scores[measure]
-    reach = 1.96 * (score.se or 0.0)
-    low = score.value - reach
-    if score.value > 0:  # on a log axis an interval that reaches zero would have no end
-        low = max(low, score.value / 10)
-    return score.value, low, score.value + reach
-
-
-def _solver(record: Record) -> str:
-    """What tells two solvers of a picture apart, the number of steps left out."""
-    options = [f"{name}={value}" for name, value in record.options.items()]
-    place = [] if record.spacing == "default" else [record.spacing]
-    return ", ".join([record.solver, *place, *options])
 
 
 def _styles(names: Any, styles: Sequence[str]) -> dict[str, str]:
     return {name: styles[i % len(styles)] for i, name in enumerate(dict.fromkeys(names))}
 
 
-def _axis(scale: Callable[[str], Any], limit: Callable[[float, float], Any], axis: Any, values: list[float]) -> None:
-    """Log where all values allow it, with ticks at 1, 2 and 5."""
+def _axis(
+    scale: Callable[[str], Any], limit: Callable[[float, float], Any], axis: Any, spans: Sequence[Span]
+) -> Callable[[float], float]:
+    """Log where most numbers allow it, with ticks at 1, 2 and 5; returns what brings a number into the axis.
+
+    A number near its floor may be 0 or less after the bias is taken away: it is drawn on the edge of a log axis.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    if not values or min(values) <= 0:
-        return
+    centres = [span[0] for span in spans]
+    positive = [centre for centre in centres if centre > 0]
+    if not positive or 2 * len(positive) < len(centres):
+        return lambda value: value
     scale("log")
-    low, high = min(values), max(values)
+    low = min(max(span[1], span[0] / 10) for span in spans if span[0] > 0)  # an interval to 0 would have no end
+    high = max(span[2] for span in spans if span[0] > 0)
     decades = math.log10(high / low)
     pad = 10 ** max(0.06 * decades, 0.5 * (0.4 - decades), 0.03)
     limit(low / pad, high * pad)
@@ -183,6 +183,7 @@ def _axis(scale: Callable[[str], Any], limit: Callable[[float, float], Any], axi
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+    return lambda value: max(value, low / pad)
 
 
 def _dress(axes: Any, theme: Theme) -> None:
@@ -198,12 +199,14 @@ def _dress(axes: Any, theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.ink)
 
 
-def _legend(figure: Any, models: Mapping[str, str], solvers: Mapping[str, str], theme: Theme) -> None:
+def _legend(figure: Any, models: Mapping[str, str], solvers: Mapping[str, str], theme: Theme, *, floor: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, lw=4, label=name) for name, colour in models.items()]
     handles += [Line2D([], [], color=theme.ink, marker=mark, ls="", label=name, ms=6) for name, mark in solvers.items()]
     handles.append(Line2D([], [], color=theme.ink, lw=1.3, ls=DASHES, label="Pareto front"))
+    if floor:
+        handles.append(Line2D([], [], color=theme.ink, lw=1, ls=DOTS, label="floor: real images"))
     legend = figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set(color=theme.ink, parse_math=False)
