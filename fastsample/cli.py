@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastsample as fs
-from fastsample import solvers
+from fastsample import cli_bench, solvers
+from fastsample.cli_common import MODEL_HELP, OPTIONAL, class_count, load, missing, need, sample_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_bench.app, name="bench")
 
 _Condition = dict[str, "Tensor"]
-MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained, such as the model/ that train leaves."
 MOST_SHOWN = 500  # samples on a picture; all of them are in the .npz
 
 
@@ -36,7 +37,10 @@ def main() -> None:
         app()
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends after Ctrl-C, without a word
-            print("stopped; demo, train and tune go on where they were when they are run again", file=sys.stderr)
+            print(
+                "stopped; demo, train, tune and bench run go on where they were when they are run again",
+                file=sys.stderr,
+            )
         raise
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
@@ -109,7 +113,7 @@ def demo(
 
     Sample in few steps, distil a student, measure latency against quality.
     """
-    _need("diffusers", "accelerate", "matplotlib", "scikit-learn")
+    need("diffusers", "accelerate", "matplotlib", "scikit-learn")
     from fastsample.demo import run
 
     run(out, quick=quick)
@@ -138,14 +142,14 @@ def sample(
     ] = Path("samples.png"),
 ) -> None:
     """Draw samples from a model; write a picture and the numbers."""
-    _need("diffusers", "matplotlib")
+    need("diffusers", "matplotlib")
     import numpy as np
 
     from fastsample import bench
     from fastsample.files import folder, write
 
     folder(out.parent)
-    network = _load(model)
+    network = load(model)
     if plan:
         chosen = fs.Plan.load(plan)
     else:
@@ -179,8 +183,8 @@ def show_plan(
     """Print exactly what a solver will compute; `plan pick` measures which one to take."""
     if context.invoked_subcommand is not None:
         return
-    _need("diffusers")
-    made = _trace(_load(model), solver, steps, spacing, _options(option), end, lower_order_final)
+    need("diffusers")
+    made = _trace(load(model), solver, steps, spacing, _options(option), end, lower_order_final)
     typer.echo(str(made))
     if save:
         made.save(save)
@@ -203,12 +207,12 @@ def pick_plan(
     ] = Path("plan.json"),
 ) -> None:
     """Measure hand-made plans on a model; print the ranking and save the best."""
-    _need("diffusers")
+    need("diffusers")
     from fastsample.files import folder
 
     folder(out.parent)
     budgets = list(dict.fromkeys(steps or [8]))
-    network = _load(model)
+    network = load(model)
     source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
     reference = solvers.converged(source, noise, end=end, condition=condition)
     for nfe in budgets:
@@ -237,8 +241,8 @@ def tune(
     seed: Seed = 0,
 ) -> None:
     """Fit the times of a plan to a model; a killed run goes on."""
-    _need("diffusers")
-    network = _load(model)
+    need("diffusers")
+    network = load(model)
     source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
     tuned = solvers.tune(
         source,
@@ -267,7 +271,7 @@ def train(
 
     if recipe != "digits":
         raise typer.BadParameter(f"unknown recipe {recipe!r}; choose one of digits")
-    _need("diffusers", "accelerate", "scikit-learn")
+    need("diffusers", "accelerate", "scikit-learn")
     import torch
 
     torch.set_num_threads(1)  # sums in one order: the seed alone decides the weights, on any number of cores
@@ -290,51 +294,13 @@ def doctor() -> None:
     typer.echo(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {cuda}")
     for package, extra in OPTIONAL.items():
         remedy = f"missing: pip install 'fastsample[{extra}]'"
-        typer.echo(f"  {package:<14} {remedy if _missing(package) else importlib.metadata.version(package)}")
-    if _missing("diffusers"):
+        typer.echo(f"  {package:<14} {remedy if missing(package) else importlib.metadata.version(package)}")
+    if missing("diffusers"):
         typer.echo("  built-in digits network: not tried without diffusers")
     else:
-        _load("digits")
+        load("digits")
         typer.echo("  built-in digits network: whole")
-
-
-OPTIONAL = {
-    "diffusers": "diffusers",
-    "accelerate": "train",
-    "matplotlib": "bench",
-    "scikit-learn": "demo",
-    "triton": "kernels",
-    "onnx": "export",
-    "onnxruntime": "export",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx",
-}
-
-
-def _missing(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return True
-    return False
-
-
-def _need(*packages: str) -> None:
-    """Raise ImportError, with one line that installs all that is missing, before work starts."""
-    missing = [package for package in packages if _missing(package)]
-    if missing:
-        extras = ",".join(dict.fromkeys(OPTIONAL[package] for package in missing))
-        raise ImportError(f"this needs {', '.join(missing)}: pip install 'fastsample[{extras}]'")
-
-
-def _load(name: str) -> fs.Denoiser:
-    from fastsample import zoo
-
-    if name == "digits":
-        return zoo.digits()
-    if not Path(name).is_dir():
-        raise ValueError(f"no model {name!r}: neither built in (digits) nor a folder")
-    return fs.from_pretrained(name)
+    typer.echo(f"  {cli_bench.inception()}")
 
 
 def _conditions(
@@ -343,11 +309,7 @@ def _conditions(
     """The conditions of these seeds, and the shape of one sample."""
     import torch
 
-    config = getattr(getattr(model.network, "network", None), "config", {})
-    size, count = config.get("sample_size"), config.get("num_class_embeds")
-    if not size:
-        raise ValueError("the model's configuration does not say how large its images are (sample_size)")
-    shape = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    shape, count = sample_shape(model), class_count(model)
     if count is None:
         if label is not None or null is not None:
             raise typer.BadParameter("the model takes no class labels; leave out --label and --null")
