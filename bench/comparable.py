@@ -62,6 +62,7 @@ def refuse(a: Side, b: Side, scores: Sequence[str], chosen: bool) -> list[str]:
     for part, what, remedy in (
         ("n", "samples of each case", "the bias of a distance follows their number: run both with the same n"),
         ("shape", "shape of a sample", "these are other images: run both with the same shape"),
+        ("condition", "condition", "sample i is of another kind there: run both with the same conditions or labels"),
     ):
         _same(a, b, what, a.configuration.get(part), b.configuration.get(part), remedy)
     if any(score == "endpoint_rms" or score.endswith("_converged") for score in scores):
@@ -94,6 +95,20 @@ def machines_differ(a: Side, b: Side) -> str:
     if threads[0] != threads[1]:
         differ.append(f"timed with threads = {threads[0]} against {threads[1]}")
     return "; ".join(differ)
+
+
+def busy(a: Side, b: Side) -> str:
+    """Which machine had more to do than it has cores when its run began, or "": its times are then those of a queue."""
+    for side in (a, b):
+        for place in side.body["environments"]:
+            load, cores = str(place.get("load average", "")).split(" ")[0], str(place.get("cores", ""))
+            if _is_number(load) and _is_number(cores) and float(load) > float(cores):
+                return f"the machine of {side.folder} was busy (load average {load} on {cores} cores)"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
 
 
 def environments(a: Side, b: Side) -> list[str]:

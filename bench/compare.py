@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .comparable import Side, alone, environments, machines_differ, measured, refuse, unfinished
+from .comparable import Side, alone, busy, environments, machines_differ, measured, refuse, unfinished
 from .comparison import Comparison, Row, Verdict
 from .latency import Timing
 from .record import read_influence
 from .significance import FEWEST, Decision, Estimate, holm, paired, ratio, unpaired
 
 Window = tuple[float, float]
+ROUNDING = 1e-6  # of the greatest score of a measure: what float32 may make of any, and no sample's influence sees
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def compare(
         instead, from which the drift of the machine has gone.
 
     Both runs have the same seeds, so qualities are compared in pairs of samples where both runs kept the influence of
-    each; else by the two standard errors, which finds less; without those there is no verdict.
+    each; else by the two standard errors, which finds less; without those there is no verdict. A difference below a
+    millionth of the measure's greatest score is rounding: a case at no distance from the converged one may be at 1e-9.
     Raises ValueError where the extractor, the reference, the number of samples or their shape differ, where no cell has
     the same name, and for measures, tolerances and windows of what no cell has.
     """
@@ -84,13 +86,16 @@ def compare(
     timed = latency and any(cell.before.timing and cell.after.timing for cell in cells)
     apart = machines_differ(before, after) if timed else ""
     notes += [f"latencies are not comparable: {apart}"] if apart else []
+    loaded = busy(before, after) if timed and not apart else ""
+    notes += [f"latencies without a baseline are not comparable: {loaded}"] if loaded else []
+    rounding = {score: ROUNDING * _greatest(cells, score) for score in scores}
     drafts: list[Draft] = []
     for cell in cells:
         drafts += [Draft(row) for row in (*_failures(cell), *_costs(cell))]
-        drafts += [_quality(cell, score, allowed[score]) for score in scores if cell.has(score)]
+        drafts += [_quality(cell, score, allowed[score], rounding[score]) for score in scores if cell.has(score)]
         if latency and cell.before.timing and cell.after.timing:
             times = cell.before.timing, cell.after.timing
-            drafts.append(_latency(cell.name, *times, allowed["latency"], drift, bool(apart)))
+            drafts.append(_latency(cell.name, *times, allowed["latency"], drift, bool(apart), bool(loaded)))
         drafts += [_window(cell, measure, window) for measure, window in bounds[cell.name].items()]
     estimates = [draft.estimate for draft in drafts if draft.estimate]
     decisions = iter(holm([estimate.p for estimate in estimates], level))
@@ -155,7 +160,7 @@ class Draft:
         return row
 
 
-def _quality(cell: Cell, name: str, tolerance: Tolerance) -> Draft:
+def _quality(cell: Cell, name: str, tolerance: Tolerance, rounding: float) -> Draft:
     a, b = cell.before.scores.get(name), cell.after.scores.get(name)
     if a is None or b is None:
         found, side = (a.centre if a else None, b.centre if b else None), "after" if a is None else "before"
@@ -168,14 +173,17 @@ def _quality(cell: Cell, name: str, tolerance: Tolerance) -> Draft:
     if a == b and (influence is None or torch.equal(*influence)):
         return Draft(replace(row, verdict="unchanged", how="identical to the last bit"))
     if influence and len(influence[0]) > 1:
-        return Draft(replace(row, how="in pairs of samples"), paired(effect, *influence), a.better)
+        return Draft(
+            replace(row, how="in pairs of samples"), replace(paired(effect, *influence), margin=rounding), a.better
+        )
     if a.se is not None and b.se is not None:
         how = "by two standard errors: no influence of each sample was kept"
-        return Draft(replace(row, how=how), unpaired(effect, a.se, b.se, cell.before.n), a.better)
+        estimate = unpaired(effect, a.se, b.se, cell.before.n)
+        return Draft(replace(row, how=how), replace(estimate, margin=rounding), a.better)
     return Draft(replace(row, how="no standard error, so no verdict"))
 
 
-def _latency(cell: str, a: Timing, b: Timing, tolerance: Tolerance, drift: float, apart: bool) -> Draft:
+def _latency(cell: str, a: Timing, b: Timing, tolerance: Tolerance, drift: float, apart: bool, loaded: bool) -> Draft:
     row = Row(cell, "latency", "latency", "not comparable", a.steady.median_s * 1e3, b.steady.median_s * 1e3)
     if apart:
         return Draft(replace(row, how="ms; not on one machine"))
@@ -190,6 +198,8 @@ def _latency(cell: str, a: Timing, b: Timing, tolerance: Tolerance, drift: float
     if a.ratio and b.ratio and a.baseline == b.baseline != cell:
         row = replace(row, before=a.ratio.median, after=b.ratio.median)
         times, how, drift = (a.ratio.ratios, b.ratio.ratios), f"times that of {a.baseline}, timed beside it", 0.0
+    elif loaded:
+        return Draft(replace(row, verdict="not comparable", how="ms; on a busy machine, without a baseline"))
     if min(map(len, times)) < FEWEST:
         return Draft(replace(row, how=f"{how}; {min(map(len, times))} times, {FEWEST} at least make an interval"))
     if min(map(min, times)) <= 0:
@@ -240,6 +250,11 @@ def _scores(cells: Sequence[Cell], measures: Sequence[str] | None) -> list[str]:
     if unknown:
         raise ValueError(f"no cell has the measure {unknown[0]!r}; there is {', '.join(known) or 'none'}")
     return list(dict.fromkeys(measures))
+
+
+def _greatest(cells: Sequence[Cell], score: str) -> float:
+    found = [one.scores.get(score) for cell in cells for one in (cell.before, cell.after)]
+    return max((abs(one.centre) for one in found if one), default=0.0)
 
 
 def _tolerances(

@@ -74,7 +74,8 @@ def inception_logits(
     network = _network(path, allow_download, device, batch)
 
     def logits(images: Tensor) -> Tensor:
-        return network.logits(network(images), bias=False)
+        network.fc.double()  # a product of matrices, which the flags of cudnn do not reach; TF32 leaves float64 alone
+        return network.logits(network(images).double(), bias=False)
 
     return _features("inception-v3-logits", logits, torch.device(device), batch)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -12,9 +15,14 @@ from torch import Tensor
 
 from fastsample.denoiser import Denoiser
 
+USED = torch.nn.Module | Tensor | Denoiser  # of what stands around a function; numbers may count its calls
+
 
 def fingerprint(model: Any) -> str:
-    """16 hex digits, the same in every process. Of plain functions only their names are known, not what they do."""
+    """16 hex digits, the same in every process.
+
+    Of plain functions their names, and the networks and tensors that they use, are known, not what they do with them.
+    """
     return _Digest().add(model).hex
 
 
@@ -64,7 +72,20 @@ def _parts(value: Any) -> Mapping[Any, Any]:
         return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+    if isinstance(value, FunctionType):
+        return _used(value)
+    if isinstance(value, MethodType):
+        return {"self": value.__self__}
+    if isinstance(value, partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
     # A model or a network in a class of its own: what stands under the names that ours use.
     return {
         name: getattr(value, name) for name in ("model", "network", "weak") if getattr(value, name, None) is not None
     }
+
+
+def _used(function: FunctionType) -> Mapping[str, Any]:
+    """What a function takes from around it: the network in `lambda x, t: network(x, t)`."""
+    found = inspect.getclosurevars(function)
+    around = {**found.globals, **found.nonlocals}
+    return {name: around[name] for name in sorted(around) if isinstance(around[name], USED)}

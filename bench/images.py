@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .measure import Features
-from .reference import Reference, npz
+from .reference import DAMAGED, Reference, npz
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEYS = ("images", "samples", "arr_0")
@@ -136,8 +135,10 @@ def _of_array(path: Path, batch: int, channels: int | None, layout: str | None) 
         raise ValueError(f"{path}: images must be [n, H, W], [n, C, H, W] or [n, H, W, C], got {list(array.shape)}")
     elif (layout or _layout(path, array.shape)) == "NHWC":
         array = array.transpose(0, 3, 1, 2)
-    if array.shape[1] not in CHANNELS or not len(array):
-        raise ValueError(f"{path}: images have 1 or 3 channels, got {list(array.shape)} as [n, C, H, W]")
+    if array.shape[1] not in CHANNELS or not array.size:
+        raise ValueError(
+            f"{path}: images have 1 or 3 channels and some pixels, got {list(array.shape)} as [n, C, H, W]"
+        )
     if array.dtype != np.uint8:
         _in_range(path, array)
     return _cut(array, batch, channels)
@@ -145,8 +146,9 @@ def _of_array(path: Path, batch: int, channels: int | None, layout: str | None) 
 
 def _cut(array: np.ndarray[Any, Any], batch: int, channels: int | None) -> Iterator[Tensor]:
     for start in range(0, len(array), batch):
-        part = torch.from_numpy(np.ascontiguousarray(array[start : start + batch]))
-        images = from_bytes(part) if part.dtype == torch.uint8 else part.float()
+        known = np.uint8 if array.dtype == np.uint8 else np.float32  # torch has no others' byte order, nor long doubles
+        part = torch.from_numpy(np.ascontiguousarray(array[start : start + batch], dtype=known))
+        images = from_bytes(part) if part.dtype == torch.uint8 else part
         if channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         elif channels == 1 and images.shape[1] == 3:
@@ -162,7 +164,7 @@ def _array(path: Path) -> np.ndarray[Any, Any]:
             if not names:
                 raise KeyError(f"it has the keys {', '.join(file.files)}, none of {', '.join(KEYS)}")
             found = file[names[0]]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} holds no images that can be read: {error}") from error
     if found.dtype != np.uint8 and found.dtype.kind != "f":
         raise ValueError(f"{path}: images are uint8 or floats, got {found.dtype}")

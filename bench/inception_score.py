@@ -81,7 +81,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> Confidence:
     # exp of a number with an error is too large on average, by half of its variance
     debiased = value * (1 + low - 0.5 * (se / value) ** 2)
     bounds = [k * n // splits for k in range(splits + 1)]
-    parts = torch.tensor([float(_divergence(logs[a:b]).mean().exp()) for a, b in pairwise(bounds)])
+    parts = torch.stack([_divergence(logs[a:b]).mean().exp() for a, b in pairwise(bounds)])
     return Confidence(value, se, debiased, float(parts.mean()), float(parts.std(correction=0)), influence)
 
 

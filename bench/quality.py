@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsample.noise import mix
-
 from .extractor import NAME, SHA256, digits_features
 from .frechet import frechet_distance, influence
 from .measure import Features, Measure, Score
 from .moments import statistics
 from .reference import Reference
+from .rows import halves
 
 # What `run` takes: a measure of features, or a function of samples [n, ...]; its `name` or `__name__` names the column.
 Quality = Measure | Callable[[Tensor], Score | float]
@@ -82,15 +81,17 @@ class FrechetTo:
     def floor(self) -> Score | None:
         """Between two halves of the real images: what samples cannot be told from them below. None without rows.
 
-        By a hash of the index, so that images sorted by class have every class in both halves.
+        debiased: what other real images would score against all of these; a half has twice the bias of the whole.
         """
         rows = self.reference.rows
         if rows is None or self.paired or len(rows) < 4:
             return None
-        shuffled = rows[torch.tensor([mix(i) for i in range(len(rows))]).argsort()]
-        a, b = shuffled[: len(rows) // 2], shuffled[len(rows) // 2 :]
-        distance = frechet_distance(a, b)
-        return Score(distance.value, distance.se, distance.debiased, distance.n_a)
+        a, b = halves(rows)
+        distance, back = frechet_distance(a, b), frechet_distance(b, a)
+        debiased = None
+        if distance.debiased is not None and back.debiased is not None:
+            debiased = distance.debiased - (back.value - back.debiased) / 2
+        return Score(distance.value, distance.se, debiased, distance.n_a)
 
     def toward(self, features: Tensor) -> FrechetTo:
         """The distance to these features [n, d] of the same noises, such as the converged teacher's."""

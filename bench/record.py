@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from fastsample.files import write, write_text
 
 from .latency import Ratio, Times, Timing
 from .measure import Score
+from .reference import DAMAGED
 
 VERSION = 2
 
@@ -175,7 +175,7 @@ def read_arrays(path: str | Path, names: Sequence[str] | None = None) -> dict[st
             return {name: file[name] for name in (file.files if names is None else names)}
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged or no .npz of plain arrays ({error}); remove it and run again") from error
 
 

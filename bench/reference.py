@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,10 @@ from .moments import Moments, Statistics, statistics
 
 FORMAT, VERSION = "fastsample.statistics", 1
 FOREIGN = [("mu", "sigma"), ("ref_mu", "ref_sigma")]  # pytorch-fid, clean-fid, ADM (beside arr_0, mu_s, sigma_s); EDM
+# What numpy and zipfile raise at a file that is damaged or something else, by where the damage lies.
+DAMAGED = (
+    OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ class Reference:
         if n is None:
             raise ValueError(f"{path} does not say of how many images it is; say n=...")
         mean, cov = _checked(path, found["mu"], found["sigma"])
-        return cls(features, mean, cov, n, dataset or f"file sha256:{sha256(path)}", assumed=True)
+        return cls(features, mean, cov, _count(path, n), dataset or f"file sha256:{sha256(path)}", assumed=True)
 
 
 def npz(path: str | Path) -> Path:
@@ -151,19 +156,23 @@ def npz(path: str | Path) -> Path:
 
 
 def _ours(path: Path, found: dict[str, Any], features: Features) -> Reference:
-    form, version = str(found["format"]), int(found.get("version", -1))
-    if (form, version) != (FORMAT, VERSION):
+    form, version = str(found["format"]), str(found.get("version"))
+    if (form, version) != (FORMAT, str(VERSION)):
         raise ValueError(f"{path} is {form} of version {version}, not {FORMAT} of version {VERSION}; make it again")
-    missing = {"n", "extractor", "sha256", "resize", "dataset", "assumed"} - set(found)
+    missing = {"mu", "sigma", "n", "extractor", "sha256", "resize", "dataset", "assumed"} - set(found)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: not a whole statistics file; make it again")
     _same(features.id, {key: str(found[key]) for key in ("extractor", "sha256", "resize")}, str(path))
     mean, cov = _checked(path, found["mu"], found["sigma"])
-    n, rows = int(found["n"]), None
+    n, rows = _count(path, found["n"]), None
     if "rows" in found:
-        rows = torch.from_numpy(found["rows"]).double()
-        if rows.shape != (n, len(mean)) or not bool(rows.isfinite().all()):
-            raise ValueError(f"{path}: rows must be finite and {[n, len(mean)]}, got {list(rows.shape)}; make it again")
+        array = found["rows"]
+        if array.dtype.kind != "f" or array.shape != (n, len(mean)) or not np.isfinite(array).all():
+            raise ValueError(
+                f"{path}: rows must be finite and {[n, len(mean)]}, got {list(array.shape)} of {array.dtype}; make it "
+                f"again"
+            )
+        rows = torch.from_numpy(array.astype(np.float64))
     return Reference(features, mean, cov, n, str(found["dataset"]), rows, bool(found["assumed"]))
 
 
@@ -177,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
                 if mean in file.files and cov in file.files:
                     return {"mu": file[mean], "sigma": file[cov]}
             keys = ", ".join(file.files)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
     raise ValueError(f"{path} has no statistics: its keys are {keys}, not mu and sigma or ref_mu and ref_sigma")
 
@@ -191,6 +200,14 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
             f"numpy.savez('statistics.npz', mu=s['mu'], sigma=s['sigma']) with s = pickle.load(open('{path}', 'rb'))"
         )
     return ValueError(f"{path} is damaged or no .npz ({error}); copy or make it again")
+
+
+def _count(path: Path, n: Any) -> int:
+    """Raises ValueError for what is no number of images that have a covariance."""
+    count = np.asarray(n)
+    if count.dtype.kind not in "iu" or count.ndim or int(count) < 2:
+        raise ValueError(f"{path}: n, the number of its images, must be a whole number of at least 2, got {n}")
+    return int(count)
 
 
 def _checked(path: Path, mean: Any, cov: Any) -> tuple[Tensor, Tensor]:

@@ -80,9 +80,12 @@ def _kept(folder: Path, records: Sequence[Record]) -> dict[str, Tensor]:
 
 def _pictures(records: Sequence[Record], measure: str, folder: Path) -> list[Picture]:
     """The pictures of a measure, the headline first: light and dark; the light ones are also written down."""
-    wanted: list[tuple[str, Callable[..., Any], str]] = [(QUALITY, nfe_picture, measure)]
-    if any(record.ms_per_image and measure in record.scores for record in records):
-        wanted.insert(0, (PARETO, latency_picture, measure))
+    scored = [record for record in records if record.kind == "case" and measure in record.scores]
+    wanted: list[tuple[str, Callable[..., Any], str]] = []
+    if any(record.ms_per_image for record in scored):
+        wanted.append((PARETO, latency_picture, measure))
+    if any(record.nfe for record in scored):  # of a floor alone there is nothing to draw
+        wanted.append((QUALITY, nfe_picture, measure))
     if measure != ENDPOINT_MEASURE and any(ENDPOINT_MEASURE in record.scores for record in records):
         wanted.append((ENDPOINT, nfe_picture, ENDPOINT_MEASURE))
     drawn = []

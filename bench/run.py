@@ -299,6 +299,7 @@ def _configuration(
         "batch": sampler.batch,
         "shard": layout.shard,
         "keep": layout.keep,
+        "condition": _conditions(sampler, layout.n),
         "device": sampler.device.type,  # each process may have a number of its own
         "quality": {name: _described(measure) for name, measure in layout.measures.items()},
         "latency": asdict(latency) if latency else None,
@@ -308,6 +309,13 @@ def _configuration(
         "versions": {"fastsample": version("fastsample"), "torch": torch.__version__},
     }
     return dict(json.loads(json.dumps(told)))  # as it will be read: tuples as lists
+
+
+def _conditions(sampler: Sampler, n: int) -> str:
+    """A hash of what the first samples are conditioned on; "" without conditions."""
+    if sampler.condition is None:
+        return ""
+    return fingerprint(sampler.condition(torch.arange(min(n, sampler.batch), device=sampler.device)))
 
 
 def _described(measure: Quality) -> dict[str, Any]:
@@ -363,8 +371,26 @@ def _check(
                 measure.features.check(shape)
             except ValueError as error:
                 raise ValueError(f"{name} cannot measure these samples: {error}") from error
+            _check_reference(name, measure, shape)
     if latency and latency.baseline is not None and latency.baseline not in seen:
         raise ValueError(f"the baseline {latency.baseline!r} of the latency is none of the cases: {', '.join(seen)}")
+
+
+def _check_reference(name: str, measure: Measure, shape: tuple[int, ...]) -> None:
+    """Raises ValueError where samples of this shape have other features than the reference, such as other pixels."""
+    reference = getattr(measure, "reference", None)
+    if not isinstance(reference, Reference):
+        return
+    try:
+        made = measure.features(torch.rand(2, *shape) * 2 - 1).shape[1]
+    except Exception:  # of an extractor that noise does not suit: the cases show what samples do
+        return
+    if made != len(reference.mean):
+        raise ValueError(
+            f"{name} cannot measure these samples: the extractor {measure.features.name} makes {made} features of "
+            f"{' x '.join(map(str, shape))}, and its reference has {len(reference.mean)}; give real images of "
+            f"that shape"
+        )
 
 
 def _measures(quality: Quality | Sequence[Quality] | Mapping[str, Quality]) -> dict[str, Quality]:

@@ -172,6 +172,7 @@ def _sweep(body: dict[str, Any], solvers: Mapping[str, Solver]) -> Sweep:
     latency = _latency(sections["latency"]) if "latency" in sections else None
     if not quality and latency is None:
         raise ValueError("nothing to measure: add [quality.NAME], such as [quality.fd_digits], or [latency], or both")
+    _check_measure(top.get("measure"), quality)
     accurate = _accurate(sections["converged"], solvers) if "converged" in sections else None
     _check_truths(models, accurate, sections["model"])
     if accurate is None:
@@ -270,6 +271,15 @@ def _quality(body: Any, reference: str | None) -> dict[str, Asked]:
                 raise ValueError(f"{place} needs {key}{hint}")
         found[name] = Asked(name, measure, given)
     return found
+
+
+def _check_measure(measure: str | None, quality: Mapping[str, Asked]) -> None:
+    """Of the pictures: a measure, or a part of one, such as fd_digits_converged, which only the scores name."""
+    if measure in (None, "endpoint_rms") or any(f"{measure}_".startswith(f"{name}_") for name in quality):
+        return
+    raise ValueError(
+        f"measure in {TOP} is {measure!r}, which no [quality.NAME] measures{check.nearest(str(measure), quality)}"
+    )
 
 
 def _latency(body: Any) -> Latency:

@@ -262,11 +262,15 @@ def _models(asked: Sweep, device: str, *, distil: bool) -> tuple[dict[str, fs.Mo
     load_s = {}
     for name in asked.used:
         one = asked.models[name]
+        source = one.source
         if one.teacher is not None:
-            _distil(one, load(asked.models[one.teacher].source), distil=distil)
+            source, teacher = str(Path(one.source, "model")), asked.models[one.teacher].source
+            if distil:
+                _distil(one, load(teacher))
+            elif not _distilled(one):
+                source = teacher  # whose schedule and classes its student will have, which is all that a list shows
         begin = time.perf_counter()
-        source = Path(one.source, "model") if one.teacher is not None else one.source
-        loaded = load(str(source))
+        loaded = load(source)
         _network(loaded).to(device)
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
@@ -275,15 +279,17 @@ def _models(asked: Sweep, device: str, *, distil: bool) -> tuple[dict[str, fs.Mo
     return models, load_s
 
 
-def _distil(student: ModelAsked, teacher: fs.Denoiser, *, distil: bool) -> None:
+def _distilled(student: ModelAsked) -> bool:
+    return Path(student.source, "model", "fastsample.json").is_file()
+
+
+def _distil(student: ModelAsked, teacher: fs.Denoiser) -> None:
     """Make the student of the digits network, where it is not there; a killed distillation goes on."""
     from fastsample import distill
 
     folder = Path(student.source)
-    if (folder / "model" / "fastsample.json").is_file():
+    if _distilled(student):
         return
-    if not distil:
-        raise ValueError(f"the student in {folder} is not distilled yet; run the sweep without --list, which does that")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(f"the student in {folder} is not distilled yet; run the sweep once in one process")
     need("accelerate", "scikit-learn")

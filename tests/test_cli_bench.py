@@ -236,8 +236,8 @@ def test_a_student_is_distilled_once_and_then_loaded(command, small, monkeypatch
 
     monkeypatch.setattr(distill, "distill_digits", distilled)
     text = SMALL + '[model.student]\nfrom = "student"\nteacher = "teacher"\nupdates = 0.01\n'
-    status, _, err = command("run", small(text), "--list")
-    assert (status, "not distilled yet" in err, made) == (1, True, [])
+    status, out, _ = command("run", small(text), "--list")
+    assert (status, "student/ddim/2  NFE 2" in out, made) == (0, True, [])
     status, out, _ = command("run", small(text), "--no-report")
     assert (status, made) == (0, [0.01])
     assert "distilling the student into student" in out
@@ -245,6 +245,19 @@ def test_a_student_is_distilled_once_and_then_loaded(command, small, monkeypatch
     assert made == [0.01]
     found = scores("run")
     assert found["student/ddim/2"] == found["teacher/ddim/2"]  # this student is its teacher
+
+
+def test_pixels_of_another_shape_than_the_references_are_refused_before_sampling(command, small):
+    np.savez("coloured.npz", images=np.zeros((30, 12, 20, 3), np.uint8))
+    status, _, err = command("run", small(**{"real.npz": "coloured.npz"}))
+    assert (status, Path("run/run.json").exists()) == (1, False)
+    assert "makes 64 features of 1 x 8 x 8, and its reference has 720; give real images of that shape" in err
+
+
+def test_a_sweep_in_which_every_case_fails_at_its_plan_has_a_page(command, small):
+    status, out, err = command("run", small(steps="options = { order = 9 }\nsteps"))
+    assert (status, "4 cases, 4 failed" in out, "index.html" in out) == (1, True, True)
+    assert "failed: teacher/ddim/1/order=9: " in err
 
 
 def test_loading_is_a_phase_of_its_own(command, small):

@@ -1,6 +1,8 @@
 """How a case is run: guided, of another dtype, compiled, by a given plan; and what it then costs."""
 
 import shutil
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -217,6 +219,10 @@ def test_a_counted_denoiser_hides_nothing_from_a_run(model):
     assert counted.schedule is model.schedule
 
 
+def around(toys, network):
+    return toys["toy"](lambda x, t, **condition: network(x, t, **condition))
+
+
 def models(toys):
     """Pairs that differ in one thing each, of which a run must know."""
     return {
@@ -230,6 +236,9 @@ def models(toys):
         "prediction": lambda k: fs.Denoiser(Small(), fs.EDM(), ["x0", "v"][k]),
         "wrapper": lambda k: [fs.Thresholded(toys["toy"](Small())), toys["toy"](Small())][k],
         "limit": lambda k: fs.Thresholded(toys["toy"](Small()), limit=1.0 + k),
+        "network of a function": lambda k: around(toys, Small(0.5 + k)),
+        "method": lambda k: toys["toy"](Small(0.5 + k).forward),
+        "partial": lambda k: toys["toy"](partial(torch.mul, other=0.5 + k)),
         "dtype": lambda k: toys["toy"](Small().to([torch.float32, torch.bfloat16][k])),
     }
 
@@ -239,6 +248,13 @@ def test_the_fingerprint_of_a_model_knows_what_its_samples_follow_from(toys, wha
     make = models(toys)[what]
     assert fingerprint(make(0)) == fingerprint(make(0))
     assert fingerprint(make(0)) != fingerprint(make(1))
+
+
+def test_other_conditions_are_another_run(sweep, toys):
+    cases = product(toys, toys["toy"](lambda x, t, label: 0.5 * x + label[:, None, None, None]))
+    for shift, said in ((0, None), (0, None), (1, "its condition differ")):
+        with pytest.raises(ValueError, match=said) if said else nullcontext():
+            sweep(cases=cases, condition=lambda i, shift=shift: {"label": 0.01 * (i % 10 + shift)})
 
 
 def test_training_changes_the_fingerprint_and_so_the_run(sweep, toys):

@@ -202,3 +202,25 @@ def test_numbers_of_numpy_become_pythons(sweep, toys):
     (record,) = sweep(cases=one_case(toys), quality={"a": lambda x: bench.Score(np.float32(0.5), n=np.int64(3))})
     assert type(record.scores["a"].value) is float
     assert type(record.scores["a"].n) is int
+
+
+def test_arrays_with_a_wrong_byte_anywhere_are_read_right_or_refused_by_name(tmp_path):
+    import numpy as np
+
+    from fastsample.bench.record import read_arrays, write_arrays
+
+    true = {"features": np.arange(6.0).reshape(3, 2), "indices": np.arange(3)}
+    write_arrays(tmp_path / "shard.npz", true)
+    whole, refused = (tmp_path / "shard.npz").read_bytes(), []
+    for place in range(len(whole)):
+        for flip in (0x01, 0x80):
+            (tmp_path / "shard.npz").write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                found = read_arrays(tmp_path / "shard.npz")
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+            for name in found.keys() & true.keys():
+                assert np.array_equal(found[name], true[name])
+    assert refused
+    assert all("shard.npz" in message for message in refused)

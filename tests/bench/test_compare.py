@@ -141,6 +141,15 @@ def test_a_machine_that_slows_down_for_a_while_makes_the_interval_wider():
     assert sum(wider) / 50 > 1.2  # the mean of 40 such times has 3 times the error; 6 blocks see a part of that
 
 
+def test_the_error_of_a_median_sees_both_its_spread_and_its_drift():
+    spread = [1.0, 1.1, 1.2] * 12  # every block of 6 has the same median
+    drifting = [1 + 0.1 * (i // 6) for i in range(36)]  # blocks of one time each
+    gap = math.log(1.2 / 1.0) * 6 / (2 * (36 - 2 * 12 + 1))  # the 12th and the 25th value, and all between
+    assert ratio(spread, spread).se == pytest.approx(math.sqrt(2) * gap)
+    levels = torch.tensor([math.log(1 + 0.1 * i) for i in range(6)], dtype=torch.float64)
+    assert ratio(drifting, drifting).se == pytest.approx(math.sqrt(2 / 6) * float(levels.std()))
+
+
 # Verdicts of quality
 
 
@@ -209,6 +218,20 @@ def test_equal_scores_of_other_samples_are_not_called_identical(make):
     assert (row.verdict, row.p) == ("inconclusive", 1.0)
 
 
+def test_rounding_about_a_distance_of_zero_is_no_regression(make):
+    """The converged case of two machines: 7e-10 and 3e-9, certain to a hundredth of that, beside cases at 0.5."""
+    sides = []
+    for i, value in enumerate((7e-10, 3e-9)):
+        kept = 1e-10 * torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        records = scored(value, 1e-11), record("teacher/ddim/2", {"fid": Score(0.5, 0.01, n=N)})
+        sides.append(make("ab"[i], *records, influence={"teacher/ddim/8": {"fid": kept}}))
+    comparison = compare(*sides)
+    assert comparison.verdicts["teacher/ddim/8"] == "inconclusive"
+    assert not comparison.failed
+    alone = [make(f"alone-{i}", scored(value, 1e-11)) for i, value in enumerate((7e-10, 3e-9))]
+    assert only(compare(*alone)).verdict == "regressed"  # where all are that small, it is no rounding
+
+
 def test_a_damaged_influence_is_named(make):
     kept = {"teacher/ddim/8": {"fid": torch.ones(7)}}
     a, b = (make(name, scored(3.0 + i, 0.1), influence=kept) for i, name in enumerate("ab"))
@@ -264,7 +287,10 @@ def test_wrong_tolerances_are_refused(make):
 def test_a_window_is_broken_on_either_side_beyond_the_interval(make, value, verdict):
     a, b = make("a", scored(23.5, 0.05)), make("b", scored(value, 0.05))
     comparison = compare(a, b, windows={"fid": (23.01, 23.95)}, tolerance=1.0)
-    assert only(comparison, "window").verdict == verdict
+    row = only(comparison, "window")
+    assert row.verdict == verdict
+    assert row.interval[0] < value - 1.96 * 0.05
+    assert row.interval == pytest.approx((value - 0.112, value + 0.112), abs=0.015)  # of the number; two tests at most
     assert [row.kind for row in comparison.failed] == (["window"] if verdict == "broken" else [])
 
 
@@ -616,3 +642,25 @@ def test_the_interval_of_a_difference_of_frechet_distances_covers_the_truth():
 
 def plain(d):
     return Features(f"plain{d}", lambda x: x, shape=(d,))
+
+
+@pytest.mark.parametrize("load", ["7.10 6.00 5.00", "1.90 7.00 7.00"])
+def test_times_of_a_busy_machine_are_compared_by_their_baseline_alone(make, load):
+    busy = {**MACHINE, "cores": "2", "load average": load}
+    base = {
+        "baseline": "teacher/ddim/2",
+        "ratio": Ratio(2.0, 1.9, 2.1, tuple(2 + 0.01 * math.sin(i) for i in range(20))),
+    }
+    slow = [2 * seconds for seconds in MS]
+    for settings, verdict in (({}, "not comparable" if load[0] == "7" else "regressed"), (base, "unchanged")):
+        a = make(f"a{len(settings)}", record(timing=timing(**settings)), environment=busy)
+        b = make(f"b{len(settings)}", record(timing=timing(slow, **settings)), environment=busy)
+        compared = compare(a, b)
+        assert only(compared, "latency").verdict == verdict
+        assert any("busy (load average 7.10 on 2 cores)" in note for note in compared.notes) == (load[0] == "7")
+
+
+def test_runs_of_other_conditions_are_refused(make):
+    a, b = (make(name, scored(1.0, 0.1), condition=name) for name in ("a", "b"))
+    with pytest.raises(ValueError, match="condition"):
+        compare(a, b)

@@ -89,6 +89,26 @@ def test_the_logits_are_without_their_bias(weights):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+def test_no_setting_of_the_user_rounds_the_product_that_makes_the_logits(weights):
+    """On a GPU float32_matmul_precision would; here it is seen that the product is none of float32."""
+    images = images_of(2, 20, 20)
+    network = load_inception(weights)
+    wanted = network(prepared(images)).double() @ network.fc.weight.double().T
+    assert torch.equal(inception_logits(weights)(images), wanted)
+
+
+@pytest.mark.gpu
+def test_tf32_does_not_reach_the_logits(weights):
+    images, extract = images_of(4, 20, 20), inception_logits(weights, device="cuda")
+    before = torch.get_float32_matmul_precision()
+    found = []
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        found.append(extract(images))
+    torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 def test_autocast_does_not_reach_the_features(small):
     images = images_of(5, 30, 30)
     features = inception_features(small)

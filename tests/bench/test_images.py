@@ -73,6 +73,9 @@ def test_floats_in_range_are_taken_as_they_are(tmp_path):
     images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
     np.savez(tmp_path / "a.npz", images=images.numpy())
     assert torch.equal(together(tmp_path / "a.npz"), images)
+    for other in (">f4", np.longdouble):  # of another machine, or of another program
+        np.savez(tmp_path / "b.npz", images=images.numpy().astype(other))
+        assert torch.equal(together(tmp_path / "b.npz"), images)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +105,10 @@ def test_a_shape_that_could_be_either_layout_must_be_told(tmp_path, shape):
     assert together(tmp_path / "a.npz", layout="NHWC").shape == (shape[0], shape[3], shape[1], shape[2])
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 8, 4), (4, 8, 8, 8), (8, 8), (4, 2, 2, 2, 3)])
+@pytest.mark.parametrize("shape", [(4, 8, 8, 4), (4, 8, 8, 8), (8, 8), (4, 2, 2, 2, 3), (4, 3, 0, 8)])
 def test_other_shapes_are_refused(tmp_path, shape):
     np.savez(tmp_path / "a.npz", images=np.zeros(shape, dtype=np.uint8))
-    with pytest.raises(ValueError, match=r"no axis of 1 or 3 channels|must be \[n, H, W\]"):
+    with pytest.raises(ValueError, match=r"no axis of 1 or 3 channels|must be \[n, H, W\]|some pixels"):
         read_images(tmp_path / "a.npz")
 
 
@@ -183,6 +186,10 @@ def test_sources_that_hold_no_images_are_refused(tmp_path):
     np.savez(tmp_path / "c.npz", images=np.array([None]))
     with pytest.raises(ValueError, match=r"c\.npz holds no images that can be read"):
         read_images(tmp_path / "c.npz")
+    with (tmp_path / "d.npz").open("wb") as file:
+        np.save(file, np.zeros((4, 8, 8)))  # an .npy of the wrong name
+    with pytest.raises(ValueError, match=r"d\.npz holds no images that can be read"):
+        read_images(tmp_path / "d.npz")
     folder = folder_of(tmp_path / "folder", pictures())
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
     with pytest.raises(ValueError, match=r"001\.png cannot be read as an image"):

@@ -1,7 +1,7 @@
 """The kernel distance, against double loops, enumeration and repeated draws."""
 
 import math
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastsample.bench.kernel_distance import KernelDistance, kernel_distance
 from fastsample.bench.measure import Features, Measure
 from fastsample.bench.reference import Reference
+from fastsample.bench.rows import halves
 
 DRAWS = 800
 PLAIN = Features("plain", lambda images: images.flatten(1))
@@ -52,6 +53,20 @@ def test_it_is_the_double_loop_of_its_definition(m, n, d, seed):
     assert (found.n_a, found.n_b) == (m, n)
     twin = normal(m, d, seed=seed + 2)
     assert kernel_distance(a, twin, paired=True).value == pytest.approx(looped(a, twin, True), rel=1e-10, abs=1e-12)
+
+
+def test_the_variance_is_hoeffdings_from_pairs_of_pairs():
+    """Pairs that share one sample, both, or none, each kind counted by itself."""
+    m = 8
+    a, b = 2 * normal(m, 2) + 1, normal(5, 2, seed=1)
+    k_aa, toward = ((a @ other.T / 2 + 1) ** 3 for other in (a, b))
+    h = k_aa - toward.mean(1)[:, None] - toward.mean(1)
+    none = float(torch.stack([h[i, j] * h[p, q] for i, j, p, q in permutations(range(m), 4)]).mean())
+    one = float(torch.stack([h[i, j] * h[i, k] for i, j, k in permutations(range(m), 3)]).mean()) - none
+    two = float(torch.stack([h[i, j] ** 2 for i, j in permutations(range(m), 2)]).mean()) - none
+    assert min(one, two) > 0
+    wanted = 4 * (m - 2) / (m * (m - 1)) * one + 2 / (m * (m - 1)) * two
+    assert kernel_distance(a, b).se ** 2 == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -175,6 +190,15 @@ def test_the_measure_scores_against_its_reference():
     floor = measure.floor()
     assert floor.n == 100
     assert abs(floor.value) < 4 * floor.se
+
+
+def test_the_floor_has_the_error_of_both_halves():
+    rows = normal(60, 3)
+    a, b = halves(rows)
+    found = kernel_distance(a, b)
+    floor = KernelDistance("kd", PLAIN, reference_of(rows)).floor()
+    assert (floor.value, floor.se, floor.n) == (found.value, found.se_both, 30)
+    assert found.se_both > found.se
 
 
 def test_toward_a_teacher_the_noises_are_shared():

@@ -71,6 +71,21 @@ def test_the_floor_is_between_halves_that_hold_every_class():
     assert floor.value < 2 * mixed < 0.2 * apart
 
 
+def test_the_debiased_floor_is_what_perfect_samples_score():
+    """Of 40 references of 1000 Gaussians; with a half in place of the whole, the floor would be twice that."""
+    plain = Features("plain", lambda samples: samples, shape=(8,))
+    generator = torch.Generator().manual_seed(0)
+    floors, perfect = [], []
+    for _ in range(40):
+        rows = torch.randn(1000, 8, dtype=torch.float64, generator=generator)
+        measure = FrechetTo("fd", plain, Reference(plain, rows.mean(0), torch.cov(rows.T), 1000, "Gaussians", rows))
+        floors.append(measure.floor().debiased)
+        perfect.append(measure.score(torch.randn(5000, 8, dtype=torch.float64, generator=generator)).debiased)
+    floor, found = torch.tensor(floors), torch.tensor(perfect)
+    assert float(floor.mean() - found.mean()) == pytest.approx(0, abs=3 * float((floor - found).std()) / 40**0.5)
+    assert float(floor.mean()) < 1.5 * float(found.mean())
+
+
 def test_there_is_no_floor_where_the_rows_are_unknown():
     images = digits("all")[0]
     assert bench.fd_pixels(Reference.of(images, PIXELS, rows=False)).floor() is None

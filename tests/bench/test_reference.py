@@ -1,5 +1,6 @@
 """References and their files: what is kept, what is read of other libraries, what is refused."""
 
+import contextlib
 import pickle
 from dataclasses import replace
 
@@ -172,6 +173,52 @@ def test_a_file_with_one_wrong_byte_is_refused(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         Reference.load(path, PLAIN)
+
+
+def test_a_wrong_bit_anywhere_is_refused_or_changes_no_number(tmp_path):
+    """Arrays have checksums; where the archive's own list of them is wrong, one that may be missing may be lost."""
+    path, made = tmp_path / "s.npz", Reference.of(images(), PLAIN)
+    made.save(path)
+    data = path.read_bytes()
+    for bit in range(0, 8 * len(data), 61):
+        wrong = bytearray(data)
+        wrong[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(wrong)
+        with contextlib.suppress(ValueError):
+            found = Reference.load(path, PLAIN)
+            assert found.id == made.id
+            assert torch.equal(found.mean, made.mean)
+            assert torch.equal(found.cov, made.cov)
+            assert found.rows is None or torch.equal(found.rows, made.rows)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1, 2.5])
+def test_a_number_of_images_that_has_no_covariance_is_refused(tmp_path, n):
+    mu, sigma = moments()
+    np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
+    with pytest.raises(ValueError, match=rf"s\.npz: n, .* whole number of at least 2, got {n}"):
+        Reference.load(tmp_path / "s.npz", PLAIN, n=n)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("mu", None, "lacks mu"),
+        ("sigma", None, "lacks sigma"),
+        ("version", "x", "of version x, not"),
+        ("n", np.array([40, 40]), "n, the number of its images"),
+        ("n", 0, "n, the number of its images"),
+        ("rows", np.array(["a"]), r"rows must be finite and \[40, 6\], got \[1\] of <U1"),
+        ("rows", np.zeros((40, 6), complex), "rows must be finite .* complex128"),
+    ],
+)
+def test_a_file_of_ours_with_something_else_in_it_is_refused_by_name(tmp_path, name, value, said):
+    Reference.of(images(), PLAIN).save(tmp_path / "r.npz")
+    with np.load(tmp_path / "r.npz", allow_pickle=False) as file:
+        arrays = {**file, name: value}
+    np.savez(tmp_path / "r.npz", **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=rf"r\.npz.*{said}"):
+        Reference.load(tmp_path / "r.npz", PLAIN)
 
 
 def spoilt(mu, sigma):

@@ -112,6 +112,11 @@ def test_settings_have_the_defaults_of_run(read):
     assert read(WHOLE + "[latency]\n").latency == bench.Latency()
 
 
+@pytest.mark.parametrize("measure", ["fd_digits", "fd_digits_converged", "endpoint_rms"])
+def test_the_pictures_may_show_a_part_of_a_measure(read, measure):
+    assert read(f"measure = '{measure}'\n" + WHOLE + TRUTH).measure == measure
+
+
 def test_a_latency_of_no_threads_leaves_those_of_torch(read):
     assert read(WHOLE + '[latency]\nthreads = 0\nrounds = 3\nbaseline = "teacher/ddim/2"\n').latency == bench.Latency(
         rounds=3, threads=None, baseline="teacher/ddim/2"
@@ -247,6 +252,10 @@ MISTAKES = {
     "a truth of two solvers": (
         WHOLE + "[converged]\nsolver = ['ddim', 'heun']\nsteps = 3\n",
         r"\[converged\] needs one solver",
+    ),
+    "a measure of the pictures that is none": (
+        "measure = 'fd_digit'\n" + WHOLE,
+        r"measure in the top of the file is 'fd_digit', which no \[quality.NAME\] measures; did you mean 'fd_digits'",
     ),
     "no TOML": ("n = \n", "it is no TOML"),
 }
