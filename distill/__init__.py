@@ -5,6 +5,7 @@ from .conversion import Conversion, student_of
 from .data import Batches
 from .diffusion import Diffusion
 from .method import Batch, Method
+from .progressive import ProgressiveDistillation, progressive
 from .recipes import distill_digits, train_digits
 from .trainer import constant, linear, train
 
@@ -15,9 +16,11 @@ __all__ = [
     "Conversion",
     "Diffusion",
     "Method",
+    "ProgressiveDistillation",
     "constant",
     "distill_digits",
     "linear",
+    "progressive",
     "student_of",
     "train",
     "train_digits",

@@ -12,13 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastsample.denoiser import Denoiser
+from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import Grid, Node, Nodes, grid, per_sample
 from fastsample.prediction import EPS
 from fastsample.spacing import Spacing, uniform_t
+from fastsample.wrapper import remembers
 
-from .method import Batch, Method, check_drop, conditions, dropped
-from .times import noisy
+from .method import Batch, Method, asked, check_drop, conditions, dropped
+from .times import ddim_step, noisy
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ConsistencyDistillation(Method):
     """
 
     student: Denoiser
-    teacher: Denoiser
+    teacher: Model
     times: int = field(default=16, kw_only=True)
     spacing: Spacing = field(default=uniform_t, kw_only=True)
     drop: float = field(default=0.0, kw_only=True)
@@ -47,16 +48,7 @@ class ConsistencyDistillation(Method):
     def __post_init__(self) -> None:
         check_drop(self.drop, self.null)
         check_pair(self.student, self.teacher)
-        first = self.grid.nodes[0]
-        for role, model in (("student", self.student), ("teacher", self.teacher)):
-            check_start(role, model, first)
-        if self.student.prediction is EPS:
-            warnings.warn(
-                f"the student predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
-                f"{first.sigma / first.alpha:.3g} at the first step, so one-step samples will be poor; take "
-                f"student_of(teacher, predicts='v') and train it by Conversion first",
-                stacklevel=3,
-            )
+        check_starts(self.student, self.teacher, self.grid.nodes[0])
 
     @property
     def roles(self) -> dict[str, Denoiser]:
@@ -64,7 +56,7 @@ class ConsistencyDistillation(Method):
 
     @property
     def frozen(self) -> list[Denoiser]:
-        return [self.teacher]
+        return asked(self.teacher)
 
     @cached_property
     def grid(self) -> Grid:
@@ -79,8 +71,7 @@ class ConsistencyDistillation(Method):
         x_s = noisy(data, torch.randn_like(data), s)
         with torch.no_grad(), same_dropout(data.device):
             x0 = self.teacher.predict(x_s, s, **condition)
-            keep = t.sigma / s.sigma
-            x_t = per_sample(keep, x_s) * x_s + per_sample(t.alpha - s.alpha * keep, x_s) * x0
+            x_t = ddim_step(x_s, x0, s, t)
             # at the end, sigma = 0, f is the state itself, and the network cannot be asked
             target = torch.where(last, x_t, self.student.predict(x_t, _asked(s, t), **condition))
         distance = pseudo_huber(self.student.predict(x_s, s, **condition), target)
@@ -122,18 +113,39 @@ def same_dropout(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def check_start(role: str, model: Denoiser, first: Node) -> None:
+def check_starts(student: Denoiser, teacher: Model, first: Node) -> None:
+    """`check_start` of both; an eps student that can start is warned of. Called by __post_init__ of a method."""
+    check_start("student", student, first)
+    check_start("teacher", teacher, first)
+    if student.prediction is EPS:
+        warnings.warn(
+            f"the student predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
+            f"{first.sigma / first.alpha:.3g} at the first step, so one-step samples will be poor; take "
+            f"student_of(teacher, predicts='v') and train it by Conversion first",
+            stacklevel=4,
+        )
+
+
+def check_start(role: str, model: Model, first: Node) -> None:
     """An eps network has no x0 at alpha = 0: one such sample makes the loss NaN."""
-    if model.prediction is EPS and first.alpha == 0:
+    if first.alpha == 0 and any(denoiser.prediction is EPS for denoiser in asked(model)):
         raise ValueError(
             f"the {role} predicts eps, which says nothing of x0 at alpha = 0, where the times start (t = {first.t:g} "
             f"of {model.schedule!r}); take a {role} that predicts v, x0 or flow, or a schedule that stays below"
         )
 
 
-def check_pair(student: Denoiser, teacher: Denoiser) -> None:
-    """A student and a teacher must speak of the same times, and not be one network."""
-    if student.network is teacher.network:
+def check_pair(student: Denoiser, teacher: Model) -> None:
+    """A student and a teacher must speak of the same times, and not be one network; a teacher answers at any of them.
+
+    Raises ValueError, or TypeError where the teacher is neither a denoiser nor made of one.
+    """
+    if any(student.network is denoiser.network for denoiser in asked(teacher)):
         raise ValueError("student and teacher are one network; make a copy: student_of(teacher, predicts='v')")
     if student.schedule != teacher.schedule:
         raise ValueError(f"the student's schedule {student.schedule!r} is not the teacher's {teacher.schedule!r}")
+    if remembers(teacher):
+        raise ValueError(
+            f"the teacher remembers earlier evaluations ({type(teacher).__name__}), so it answers only within a run; "
+            f"take one that does not, such as fs.Guided(..., reuse=1)"
+        )

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastsample.denoiser import Denoiser
+from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import node, per_sample
 from fastsample.prediction import Prediction
 
 from .consistency import check_pair, check_start
-from .method import Batch, Method, check_drop, conditions, dropped
+from .method import Batch, Method, asked, check_drop, conditions, dropped
 from .times import noisy, random_nodes
 
 
@@ -45,12 +45,14 @@ class Conversion(Method):
 
     Of a v student that is the error of x0 with weight SNR + 1 (Salimans and Ho 2022, arXiv:2202.00512, Sec. 4).
 
+    teacher: may be guided; the student then learns to say alone what the two evaluations of guidance say
+        (Meng et al. 2023, arXiv:2210.03142, Sec. 3.1, at one scale).
     limit: the teacher's x0 is clipped to [-limit, limit]; of an eps teacher it may be far outside at noisy times.
     drop, null: as for `Diffusion`.
     """
 
     student: Denoiser
-    teacher: Denoiser
+    teacher: Model
     limit: float = field(default=1.0, kw_only=True)
     drop: float = field(default=0.0, kw_only=True)
     null: Mapping[str, float | Tensor] = field(default_factory=dict, kw_only=True)
@@ -66,7 +68,7 @@ class Conversion(Method):
 
     @property
     def frozen(self) -> list[Denoiser]:
-        return [self.teacher]
+        return asked(self.teacher)
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]

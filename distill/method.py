@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsample.denoiser import Denoiser
+from fastsample.denoiser import Denoiser, Model
+from fastsample.wrapper import Wrapper
 
 Batch = dict[str, Tensor]  # "x0": images [B, ...] in [-1, 1]; the other keys are the network's conditions
 
@@ -57,6 +58,8 @@ def described(value: Any) -> Any:
         return value
     if isinstance(value, Denoiser):
         return f"{value.prediction.name} of {type(value.network).__name__}, {value.schedule!r}"
+    if isinstance(value, Wrapper):
+        return {"name": type(value).__name__, **{key: described(item) for key, item in _fields(value).items()}}
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -64,6 +67,23 @@ def described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= 16 else f"tensor {tuple(value.shape)}"
     return getattr(value, "__name__", type(value).__name__)
+
+
+def asked(model: Model) -> list[Denoiser]:
+    """The denoisers that a model asks: itself, or those that guidance and its like are wrapped around, the main first.
+
+    Raises TypeError where there is another model below.
+    """
+    if isinstance(model, Denoiser):
+        return [model]
+    if not isinstance(model, Wrapper):
+        raise TypeError(f"a teacher must be an fs.Denoiser or a wrapper of one, such as fs.Guided, got {model!r}")
+    inside = [value for value in _fields(model).values() if isinstance(value, Denoiser | Wrapper)]
+    return [denoiser for value in inside for denoiser in asked(value)]
+
+
+def _fields(wrapper: Wrapper) -> dict[str, Any]:
+    return {field.name: getattr(wrapper, field.name) for field in dataclasses.fields(wrapper) if field.init}
 
 
 def conditions(batch: Batch) -> Batch:

@@ -22,6 +22,13 @@ def random_nodes(schedule: Schedule, size: int, device: torch.device) -> Nodes:
     return nodes(schedule, schedule.t_min + share * (schedule.t_max - schedule.t_min))
 
 
+def ddim_step(x: Tensor, x0: Tensor, s: Nodes, t: Nodes) -> Tensor:
+    """Move x from nodes s to nodes t with x0 held constant. Song et al. 2021, arXiv:2010.02502, Eq. 12."""
+    keep = t.sigma / s.sigma
+    moved: Tensor = per_sample(keep, x) * x + per_sample(t.alpha - s.alpha * keep, x) * x0
+    return moved
+
+
 def noisy(x0: Tensor, eps: Tensor, at: Nodes) -> Tensor:
     """alpha x0 + sigma eps. Ho et al. 2020, arXiv:2006.11239, Eq. 4."""
     x: Tensor = per_sample(at.alpha, x0) * x0 + per_sample(at.sigma, x0) * eps

@@ -229,7 +229,8 @@ def _resumed(
         role.restore(checkpoint.tensors)
     if checkpoint.scaler is not None:
         accelerator.scaler.load_state_dict(checkpoint.scaler)
-    data.go_to(*checkpoint.place)
+    if checkpoint.step < configuration["steps"]:  # else no batch is wanted, and going there would read an epoch
+        data.go_to(*checkpoint.place)
     return checkpoint.step
 
 
