@@ -41,8 +41,8 @@ images = fs.sample(model, plan, fs.noise((1, 8, 8), seeds=range(16)), condition=
 ## Which one when
 
 - **You want a default**: `default` on `fs.default_t` with `lower_order_final=True`. Of some hundred fixed choices tried
-  on the five problems below it is the most even over data, guidance and number of steps, within 1.15 of the best peer on
-  each of them; it is alike on every schedule, and starts at alpha = 0 (flow, zero terminal SNR) too.
+  on the five problems below it is the most even over data, guidance and number of steps, within 1.15 of the best peer
+  on each of them; it is alike on every schedule, and starts at alpha = 0 (flow, zero terminal SNR) too.
 - **You can spare a minute**: `fastsample plan pick`, or `solvers.pick(model, nfe, noises)`. No solver is best for every
   model; this measures a family of them on yours, against the converged solution of your own network.
 - **You sample this model a lot**: `fastsample tune`, or `solvers.tune(model, nfe, noises)`, fits the times and, if you
