@@ -6,14 +6,13 @@ anything else it is another distance, so that nothing is ever put in their place
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .images import KEYS, quantise, read_images
+from .images import quantise, read_reference
 from .inception import Inception, load_inception
 from .measure import Features
 from .quality import FrechetTo
@@ -110,16 +109,4 @@ def _reference(given: Tensor | Reference | str | Path, features: Features, n: in
         return given
     if isinstance(given, Tensor):
         return Reference.of(given, features)
-    source = Path(given)
-    if source.is_dir() or _holds_images(source):
-        return Reference.of(read_images(source), features)
-    return Reference.load(source, features, n=n)
-
-
-def _holds_images(path: Path) -> bool:
-    """And no statistics, which ADM's files have beside their images."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        names = set(file.namelist())
-    return not names & {"mu.npy", "ref_mu.npy"} and bool(names & {f"{key}.npy" for key in KEYS})
+    return read_reference(Path(given), features, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,22 @@ def stats(
     found = Reference.of(images, features, rows=rows)
     found.save(out)
     return found
+
+
+def holds_images(path: Path) -> bool:
+    """Whether it is a folder or an .npz of images, and no statistics, which ADM's files have beside their images."""
+    if path.is_dir() or not zipfile.is_zipfile(path):
+        return path.is_dir()
+    with zipfile.ZipFile(path) as file:
+        names = set(file.namelist())
+    return not names & {"mu.npy", "ref_mu.npy"} and bool(names & {f"{key}.npy" for key in KEYS})
+
+
+def read_reference(path: Path, features: Features, n: int | None = None) -> Reference:
+    """Of a folder or an .npz of images, or of a statistics file of n images."""
+    if holds_images(path):
+        return Reference.of(read_images(path), features)
+    return Reference.load(path, features, n=n)
 
 
 def read_images(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .fid import inception_features, inception_logits
-from .images import KEYS as IMAGE_KEYS
-from .images import read_images
+from .images import holds_images, read_reference
 from .inception_score import InceptionScore
 from .kernel_distance import KernelDistance
 from .measure import Features, Measure
@@ -137,22 +135,11 @@ def reference(source: str | Path, features: Features, *, n: int | None = None) -
 
         return Reference.of(digits("all")[0], features)
     path = Path(source)
-    if path.is_dir() or _holds_images(path):
-        if n is not None:
-            raise ValueError(f"n_reference is of statistics files; {path} holds images, which are counted")
-        return Reference.of(read_images(path), features)
+    if n is not None and holds_images(path):
+        raise ValueError(f"n_reference is of statistics files; {path} holds images, which are counted")
     if not path.exists():
         raise FileNotFoundError(
             f"there is no reference {path}; give digits (built in), a folder or an .npz of images, or statistics that "
             f"`fastsample bench stats` made"
         )
-    return Reference.load(path, features, n=n)
-
-
-def _holds_images(path: Path) -> bool:
-    """And no statistics, which ADM's files have beside their images."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        names = set(file.namelist())
-    return not names & {"mu.npy", "ref_mu.npy"} and bool(names & {f"{key}.npy" for key in IMAGE_KEYS})
+    return read_reference(path, features, n)
