@@ -18,6 +18,7 @@ from fastsample.prediction import EPS
 from fastsample.spacing import Spacing, uniform_t
 from fastsample.wrapper import remembers
 
+from . import draws
 from .method import Batch, Method, asked, check_drop, conditions, dropped
 from .times import ddim_step, noisy
 
@@ -64,11 +65,11 @@ class ConsistencyDistillation(Method):
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]
-        i = torch.randint(self.times, (len(data),), device=data.device)
+        i = draws.randint(self.times, len(data), device=data.device)
         last = per_sample(i == self.times - 1, data) > 0
         s, t = (Nodes(*(row[i] for row in table.to(data.device))) for table in self._tables)
         condition = dropped(conditions(batch), self.null, self.drop)
-        x_s = noisy(data, torch.randn_like(data), s)
+        x_s = noisy(data, draws.randn_like(data), s)
         with torch.no_grad(), same_dropout(data.device):
             x0 = self.teacher.predict(x_s, s, **condition)
             x_t = ddim_step(x_s, x0, s, t)

@@ -16,6 +16,7 @@ from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import node, per_sample
 from fastsample.prediction import Prediction
 
+from . import draws
 from .consistency import check_pair, check_start
 from .method import Batch, Method, asked, check_drop, conditions, dropped
 from .times import noisy, random_nodes
@@ -73,7 +74,7 @@ class Conversion(Method):
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]
         at = random_nodes(self.student.schedule, len(data), data.device)
-        x = noisy(data, torch.randn_like(data), at)
+        x = noisy(data, draws.randn_like(data), at)
         condition = dropped(conditions(batch), self.null, self.drop)
         with torch.no_grad():
             x0 = self.teacher.predict(x, at, **condition).clamp(-self.limit, self.limit)

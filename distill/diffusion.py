@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser
 from fastsample.grid import per_sample
 
+from . import draws
 from .method import Batch, Method, check_drop, conditions, dropped
 from .times import noisy, random_nodes
 
@@ -40,7 +40,7 @@ class Diffusion(Method):
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         x0 = batch["x0"]
         at = random_nodes(self.model.schedule, len(x0), x0.device)
-        eps = torch.randn_like(x0)
+        eps = draws.randn_like(x0)
         p, q = self.model.prediction.output(at.alpha, at.sigma)
         # p x + q x0 with x written out in float64: in float32 the two halves cancel where sigma is small
         target: Tensor = per_sample(p * at.alpha + q, x0) * x0 + per_sample(p * at.sigma, x0) * eps

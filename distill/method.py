@@ -5,15 +5,18 @@ Methods name *roles*, because some of them train a critic beside the student; on
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsample.denoiser import Denoiser, Model
 from fastsample.wrapper import Wrapper
+
+from . import draws
 
 Batch = dict[str, Tensor]  # "x0": images [B, ...] in [-1, 1]; the other keys are the network's conditions
 
@@ -21,8 +24,11 @@ Batch = dict[str, Tensor]  # "x0": images [B, ...] in [-1, 1]; the other keys ar
 class Method:
     """What `train` runs. A subclass gives `roles` and `loss`; most are dataclasses, whose fields are then `settings`.
 
-    Draw random numbers from torch's global generator (`torch.randn`, dropout): the trainer seeds it before every
-    step by the number of the step, so that a run that was stopped goes on exactly as it would have.
+    Draw random numbers by `distill.draws` (`draws.randn_like(x0)`): they are seeded by the number of the step and do
+    not depend on how the batch is split over processes, so that a run that was stopped goes on exactly as it would
+    have. Dropout is seeded by the step too.
+
+    A loss is a mean over the samples of the batch it is given, which may be a part of the whole.
     """
 
     @property
@@ -35,6 +41,20 @@ class Method:
         """The models that are only asked: the trainer moves them to its device and puts them in eval mode."""
         return ()
 
+    @property
+    def helpers(self) -> Mapping[str, nn.Module]:
+        """Modules that are trained with a role, by its name, and are no part of its model: an adaptive weight, a
+        discriminator's head. They have the role's optimizer, and its checkpoints.
+        """
+        return {}
+
+    @property
+    def kept(self) -> Mapping[str, nn.Module]:
+        """Modules that the method itself changes in `after`, such as a moving average: only put on the device, in eval
+        mode, and written to checkpoints with their parameters and buffers.
+        """
+        return {}
+
     def turns(self, step: int) -> Sequence[str]:
         """The roles that are updated at this step (the first is step 0), in order."""
         return tuple(self.roles)
@@ -44,7 +64,7 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must define loss(role, batch, step)")
 
     def after(self, step: int) -> None:
-        """Called after the updates of `step`; also once after a resume, with the last step that was done."""
+        """Called after the updates of `step`, by every process; not called again for steps before a resume."""
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint remembers of the method, and compares when it is resumed."""
@@ -86,6 +106,26 @@ def _fields(wrapper: Wrapper) -> dict[str, Any]:
     return {field.name: getattr(wrapper, field.name) for field in dataclasses.fields(wrapper) if field.init}
 
 
+def plain(model: Denoiser) -> Denoiser:
+    """The same denoiser without what training wraps its network in (DDP, torch.compile): for work without gradients,
+    for `torch.func` and for `after`. Gradients through it would not be averaged over the processes.
+    """
+    found = copy.copy(model)
+    found.network = unwrapped(model.network)
+    return found
+
+
+def unwrapped(network: Any) -> Any:
+    """The network below DDP and torch.compile."""
+    while True:
+        inside = getattr(network, "_orig_mod", None)
+        if inside is None and isinstance(network, nn.parallel.DistributedDataParallel):
+            inside = network.module
+        if inside is None:
+            return network
+        network = inside
+
+
 def conditions(batch: Batch) -> Batch:
     """The batch without its images."""
     return {key: value for key, value in batch.items() if key != "x0"}
@@ -105,7 +145,7 @@ def dropped(condition: Batch, null: Mapping[str, float | Tensor], share: float) 
             f"null names {sorted(lacking)}, but the conditions of the batch are {sorted(condition)}; use their names"
         )
     size, device = next((len(value), value.device) for value in condition.values())
-    drop = torch.rand(size, device=device) < share
+    drop = draws.rand(size, device=device) < share
     return {key: _where(drop, null[key], value) if key in null else value for key, value in condition.items()}
 
 

@@ -22,6 +22,7 @@ from fastsample.prediction import EPS
 from fastsample.schedule import Schedule
 from fastsample.spacing import Spacing, uniform_t
 
+from . import draws
 from .consistency import check_pair, check_starts
 from .conversion import Conversion, student_of
 from .method import Batch, Method, asked, check_drop, conditions, dropped
@@ -97,9 +98,9 @@ class ProgressiveDistillation(Method):
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]
-        i = torch.randint(self.steps, (len(data),), device=data.device)
+        i = draws.randint(self.steps, len(data), device=data.device)
         s, _, _ = self._interval(i)
-        x = noisy(data, torch.randn_like(data), s)
+        x = noisy(data, draws.randn_like(data), s)
         condition = dropped(conditions(batch), self.null, self.drop)
         error = self.student.predict(x, s, **condition) - self.target(x, i, **condition)
         weight = WEIGHTS[self.weight] if isinstance(self.weight, str) else self.weight

@@ -8,17 +8,19 @@ from torch import Tensor
 from fastsample.grid import Nodes, nodes, per_sample
 from fastsample.schedule import EDM, VP, Schedule
 
+from . import draws
+
 
 def random_nodes(schedule: Schedule, size: int, device: torch.device) -> Nodes:
     """One random time for each sample: uniform over the indices of VP (Ho et al. 2020, arXiv:2006.11239, Alg. 1),
     ln(t) normal for EDM (Karras et al. 2022, arXiv:2206.00364, Table 1), else uniform from t_min to t_max.
     """
     if isinstance(schedule, VP):
-        return nodes(schedule, torch.randint(len(schedule.betas), (size,), device=device))
+        return nodes(schedule, draws.randint(len(schedule.betas), size, device=device))
     if isinstance(schedule, EDM):
-        t = (1.2 * torch.randn(size, device=device, dtype=torch.float64) - 1.2).exp()
+        t = (1.2 * draws.randn(size, device=device, dtype=torch.float64) - 1.2).exp()
         return nodes(schedule, t.clamp(schedule.t_min, schedule.t_max))
-    share = torch.rand(size, device=device, dtype=torch.float64)
+    share = draws.rand(size, device=device, dtype=torch.float64)
     return nodes(schedule, schedule.t_min + share * (schedule.t_max - schedule.t_min))
 
 
