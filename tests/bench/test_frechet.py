@@ -1,6 +1,7 @@
 """The Frechet distance and its moments, against closed forms, other algorithms, other libraries and many digits."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -13,7 +14,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
@@ -38,6 +39,7 @@ def gaussian(mean, values, axes):
 
 
 @given(d=st.integers(1, 40), rank=st.integers(1, 40), seed=st.integers(0, 10**6))
+@example(d=19, rank=1, seed=6214)
 @settings(max_examples=40, deadline=None)
 def test_commuting_gaussians_of_any_rank_match_the_closed_form(d, rank, seed):
     axes, shift = rotation(d, seed), normal(d, seed=seed + 1)
@@ -47,11 +49,13 @@ def test_commuting_gaussians_of_any_rank_match_the_closed_form(d, rank, seed):
     exact = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
     of_a, of_b = gaussian(shift, a, axes), gaussian(torch.zeros_like(shift), b, axes)
     found = frechet_distance(of_a, of_b)
-    assert found.value == pytest.approx(float(exact), rel=1e-10, abs=1e-10)
+    # where the two do not overlap, the root of what rounding left of an eigenvalue zero may remain
+    residue = 2 * math.sqrt(d * torch.finfo(torch.float64).eps * float(a.max() * b.max()))
+    assert found.value == pytest.approx(float(exact), rel=1e-10, abs=residue)
     assert found.mean_term == pytest.approx(float(shift.square().sum()))
     assert found.value == pytest.approx(found.mean_term + found.cov_term)
     assert (found.rank_a, found.rank_b) == (min(d, rank), min(d, rank))
-    assert frechet_by_svd(of_a, of_b) == pytest.approx(float(exact), rel=1e-10, abs=1e-10)
+    assert frechet_by_svd(of_a, of_b) == pytest.approx(float(exact), rel=1e-10, abs=residue)
 
 
 def test_full_rank_matches_scipy():
