@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsample import files
 
-VERSION = 1
+VERSION = 2
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
 
@@ -38,6 +38,7 @@ class Checkpoint:
     machine: dict[str, str]
     scaler: dict[str, float] | None
     tensors: dict[str, Tensor]
+    numbers: dict[str, Any]  # what an optimizer keeps beside tensors
 
 
 def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *, keep: int) -> Path:
@@ -57,6 +58,7 @@ def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *,
             "place": list(checkpoint.place),
             "machine": checkpoint.machine,
             "scaler": checkpoint.scaler,
+            "numbers": checkpoint.numbers,
             "sha256": files.sha256(temporary / STATE),
             "configuration": _finite(configuration),
         }
@@ -92,7 +94,8 @@ def load(folder: Path, configuration: Mapping[str, Any]) -> Checkpoint:
         form, version = manifest["format"], manifest["version"]
         if (form, version) == ("fastsample.checkpoint", VERSION):
             epoch, used = manifest["place"]
-            step, machine, scaler, found = (manifest[key] for key in ("step", "machine", "scaler", "configuration"))
+            names = ("step", "machine", "scaler", "numbers", "configuration")
+            step, machine, scaler, numbers, found = (manifest[key] for key in names)
             if files.sha256(folder / STATE) != manifest["sha256"]:
                 raise ValueError(f"the SHA-256 of {STATE} is not that of the manifest")
             tensors = load_file(folder / STATE)
@@ -110,7 +113,18 @@ def load(folder: Path, configuration: Mapping[str, Any]) -> Checkpoint:
             f"{f'; and {len(differs) - 5} more' if len(differs) > 5 else ''}. Pass what it was made with, or train "
             f"into another folder"
         )
-    return Checkpoint(step, (epoch, used), machine, scaler, tensors)
+    return Checkpoint(step, (epoch, used), machine, scaler, tensors, numbers)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, checked. Raises ValueError where it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if files.sha256(folder / STATE) != manifest["sha256"]:
+            raise ValueError(f"the SHA-256 of {STATE} is not that of the manifest")
+        return load_file(folder / STATE)
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
 _REMEDY = "remove that folder, and the run goes on from the checkpoint before it"

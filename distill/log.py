@@ -6,8 +6,9 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastsample import files
 
@@ -15,10 +16,23 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """A line for every `every` steps: the mean losses since the last, the learning rate, the seconds of this start."""
+    """A line for every `every` steps: the mean losses since the last, the learning rate, the seconds of this start.
 
-    def __init__(self, folder: Path | None, done: int, every: int):
+    tracker: an accelerator, whose trackers are told the same; configuration: what they show beside it.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        done: int,
+        every: int,
+        tracker: Any = None,
+        configuration: Mapping[str, Any] | None = None,
+    ):
         self.every, self.losses, self.begin = every, dict[str, list[float]](), time.monotonic()
+        self.tracker = tracker
+        if tracker is not None:
+            tracker.init_trackers("fastsample", config=flat(configuration or {}))
         self.file = None
         if folder is not None:
             for left in folder.glob(f".{LOG}.*"):  # by a run that was killed
@@ -29,16 +43,26 @@ class Log:
             self.file = path.open("a", encoding="utf-8")
 
     def add(self, step: int, losses: dict[str, float], lr: float) -> None:
-        if self.file is None:
+        if self.file is None and self.tracker is None:
             return
         for name, loss in losses.items():
             self.losses.setdefault(name, []).append(loss)
         if (step + 1) % self.every == 0:
             means = {name: sum(values) / len(values) for name, values in self.losses.items()}
-            line = {"step": step + 1, "loss": means, "lr": lr, "seconds": round(time.monotonic() - self.begin, 3)}
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
+            seconds = round(time.monotonic() - self.begin, 3)
+            self._tell(step, {"loss": means, "lr": lr, "seconds": seconds})
             self.losses.clear()
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        if values:
+            self._tell(step, {"evaluation": {key: float(value) for key, value in values.items()}})
+
+    def _tell(self, step: int, line: Mapping[str, Any]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step + 1, **line}) + "\n")
+            self.file.flush()
+        if self.tracker is not None:
+            self.tracker.log(flat(line), step=step + 1)
 
     def __enter__(self) -> Log:
         return self
@@ -46,6 +70,20 @@ class Log:
     def __exit__(self, *error: object) -> None:
         if self.file:
             self.file.close()
+        for tracker in self.tracker.trackers if self.tracker is not None else ():
+            tracker.finish()  # accelerate's end_training would also end the processes' group
+
+
+def flat(values: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names such as loss/student; lists as text: what trackers take."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = f"{name}/{key}" if name else str(key)
+        if isinstance(value, Mapping):
+            found |= flat(value, inside)
+        else:
+            found[inside] = value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+    return found
 
 
 def _is_before(line: str, done: int) -> bool:
