@@ -118,7 +118,8 @@ class Guided(Guidance):
 
     cond, uncond: the network's keyword conditions, such as {"class_labels": labels}; tensors are [B, ...]. What is
         given to `predict` or `sample` joins both, so cond may come from there, batch by batch, and be left out here.
-        A number in uncond, such as {"class_labels": 10}, stands for every sample. A negative prompt is an uncond.
+        A number in uncond, such as {"class_labels": 10}, or a single row stands for every sample. A negative prompt
+        is an uncond.
     batched: one call with a doubled batch, or (False) two calls.
     reuse: evaluate uncond at every k-th guided evaluation of a run alone. In between, cond - uncond in units of eps
         follows a line in lam through the last two of them; of uncond and the difference, in x0 and in eps, that one
@@ -360,9 +361,13 @@ def _twice(node: Node | Nodes) -> Node | Nodes:
 
 
 def _like(cond: Any, uncond: Any) -> Any:
-    """A number as a tensor that says it of every sample, where cond is one."""
-    number = isinstance(cond, Tensor) and isinstance(uncond, bool | int | float)
-    return torch.full_like(cond, uncond) if number else uncond
+    """A number, or a single row, as a tensor that says it of every sample, where cond is one."""
+    if not isinstance(cond, Tensor):
+        return uncond
+    if isinstance(uncond, bool | int | float):
+        return torch.full_like(cond, uncond)
+    row = isinstance(uncond, Tensor) and uncond.dim() and len(uncond) == 1 and uncond.shape[1:] == cond.shape[1:]
+    return uncond.expand_as(cond) if row else uncond
 
 
 def _pair(key: str, cond: Any, uncond: Any, batch: int) -> Any:

@@ -74,6 +74,16 @@ def test_one_doubled_batch_equals_two_calls(rescale):
     assert (one.count.calls, one.count.rows, two.count.calls, two.count.rows) == (1, 4, 2, 4)
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_one_row_of_uncond_or_a_number_stands_for_every_sample(batched):
+    expected = guided(scale=5.0).predict(X, NODE)
+    for uncond in (torch.zeros(1), 0.0):
+        one = fs.Guided(model(), COND, {"label": uncond}, scale=5.0, batched=batched)
+        assert torch.equal(one.predict(X, NODE), expected)
+    with pytest.raises(ValueError, match="condition 'label' has 2 and 3 rows for a batch of 2; give one a sample"):
+        fs.Guided(model(), COND, {"label": torch.zeros(3)}, scale=5.0).predict(X, NODE)
+
+
 def test_guidance_in_x0_is_guidance_in_eps():
     network = Labelled()
     cond, uncond = network(X, None, **COND), network(X, None, **UNCOND)

@@ -17,7 +17,7 @@ FSDP = (
     "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP",
     "--fsdp_min_num_params", "1000", "--fsdp_cpu_ram_efficient_loading", "false",
 )  # fmt: skip
-METHODS = ("diffusion", "conversion", "consistency", "progressive")
+METHODS = ("diffusion_importance", "conversion", "consistency", "progressive", "distribution_adversarial")
 
 
 def launched(out, method, *kind, steps=12, precise=1, fails=False):
