@@ -38,7 +38,7 @@ def start(network: nn.Module, modules: bool | Sequence[str]) -> list[nn.Module]:
         )
     for module in chosen:
         # on the object, so that the names of the parameters stay
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
     return chosen
 
 

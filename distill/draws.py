@@ -60,6 +60,12 @@ def randint(high: int, *shape: int, device: torch.device | str | None = None) ->
     return _drawn(lambda size, **options: torch.randint(high, size, **options), shape, device=device)
 
 
+def place(size: int) -> tuple[int, int]:
+    """The place of the first of these samples in the whole batch of an update, and the samples of that."""
+    own = _part.get()
+    return (0, size) if own is None else (own.first, own.total)
+
+
 def _drawn(draw: Callable[..., Tensor], shape: tuple[int, ...], **options: Any) -> Tensor:
     own = _part.get()
     if own is None:

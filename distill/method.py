@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,7 +87,13 @@ def described(value: Any) -> Any:
         return [described(item) for item in value]
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= 16 else f"tensor {tuple(value.shape)}"
-    return getattr(value, "__name__", type(value).__name__)
+    name: str | None = getattr(value, "__name__", None)
+    if name is None and dataclasses.is_dataclass(value):
+        fields = {
+            field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        }
+        return {"name": type(value).__name__, **fields}
+    return name or type(value).__name__
 
 
 def asked(model: Model) -> list[Denoiser]:
@@ -124,6 +131,27 @@ def unwrapped(network: Any) -> Any:
         if inside is None:
             return network
         network = inside
+
+
+def device_of(model: Model) -> torch.device:
+    """Where a model's networks are; the CPU where they have no tensors."""
+    networks = [denoiser.network for denoiser in asked(model) if isinstance(denoiser.network, nn.Module)]
+    tensors = (value for network in networks for value in [*network.parameters(), *network.buffers()])
+    return next((value.device for value in tensors), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Inside, the networks are in eval mode: no dropout in what a teacher says."""
+    networks = [denoiser.network for denoiser in asked(model) if isinstance(denoiser.network, nn.Module)]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def conditions(batch: Batch) -> Batch:

@@ -25,7 +25,7 @@ from fastsample.noise import mix
 from . import checkpoint as checkpoints
 from . import draws
 from .checkpoint import Checkpoint
-from .data import Stream
+from .data import Stream, check_parts
 from .log import Log, bar
 from .method import Batch, Method
 from .options import Schedule, optimizer_of, schedule_of, settings_of
@@ -105,6 +105,7 @@ def train(
                 f"({accelerator.num_processes} processes, accumulate = {accumulate}); the loader gives the batch of a "
                 f"whole update: make it larger"
             )
+        check_parts(loader, parts.number)
         if folder is not None:
             on_main(accelerator, lambda: files.folder(folder))
         settings = method.settings()  # before the networks are wrapped
@@ -195,7 +196,7 @@ class _Parts:
         edges = [k * own // self.accumulate for k in range(self.accumulate + 1)]
         device = self.accelerator.device
         return total, [
-            (first + low, {key: value[low:high].to(device) for key, value in rows.items()})
+            (first + low, {key: value[low:high].detach().to(device) for key, value in rows.items()})
             for low, high in pairwise(edges)
         ]
 
@@ -353,6 +354,8 @@ def _prepared(
     for module in [*(model.network for model in method.frozen), *kept.values()]:
         if isinstance(module, nn.Module):
             module.to(accelerator.device).eval()
+    for network in (model.network for model in [*method.frozen, *method.roles.values()]):
+        _check_finite(network)
     helpers = method.helpers
     roles: dict[str, Role] = {}
     try:
@@ -363,6 +366,14 @@ def _prepared(
         for role in roles.values():
             role.abandon()
         accelerator.free_memory()
+
+
+def _check_finite(network: Any) -> None:
+    for name, value in network.named_parameters() if isinstance(network, nn.Module) else ():
+        if not bool(value.isfinite().all()):
+            raise ValueError(
+                f"{name} of {type(network).__name__} holds NaN or infinity before training; load its weights again"
+            )
 
 
 def _configuration(

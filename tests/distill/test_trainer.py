@@ -1,5 +1,6 @@
 """The trainer: a run that is stopped goes on bit for bit, a wrong one stops at once and says why."""
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 
 import fastsample as fs
 from fastsample import distill
+from fastsample.distill import checkpoint
 from fastsample.distill.log import Log
 
 pytest.importorskip("accelerate")
@@ -144,6 +146,23 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_weights(moment,
     assert done == {"before the rename": whole[:2], "while it goes": whole[1:]}.get(moment, whole)
     assert same(run(toy, loader, tmp_path), run(toy, loader))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["log.jsonl", "step-000020", "step-000024"]
+
+
+def test_a_full_disk_stops_a_run_and_leaves_the_checkpoints_before(toy, loader, tmp_path, monkeypatch):
+    def full(tensors, path, *more):
+        if "step-000015" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save_file(tensors, path, *more)
+
+    save_file = checkpoint.save_file
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left") as told:
+            run(toy, loader, tmp_path)
+    assert told.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "step-000005", "step-000010"]
+    assert same(run(toy, loader, tmp_path), run(toy, loader))
 
 
 def test_another_number_of_threads_is_noted_where_a_run_goes_on(toy, loader, tmp_path):
@@ -387,7 +406,7 @@ def test_infinite_settings_are_written_as_json_has_them_and_go_on(toy, loader, t
         ({"lr": 1e-3}, r"training\.lr\.model was 0\.0005, now 0\.001"),
         ({"seed": 3}, r"training\.seed was 0, now 3"),
         ({"steps": 25}, r"steps was 24, now 25"),
-        ({"ema": 0.9, "clip": math.inf}, r'training\.ema was \[0\.995\], now \[0\.9\]; training\.clip was 1\.0, now "inf"'),
+        ({"ema": 0.9, "clip": math.inf}, r'ema was \[0\.995\], now \[0\.9\]; training\.clip was 1\.0, now "inf"'),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused_by_name(change, says, toy, loader, tmp_path):
@@ -445,6 +464,17 @@ def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(toy, loader, tmp_pa
         run(toy, loader, tmp_path)
     shutil.rmtree(manifest.parent)  # the remedy that it names
     assert same(run(toy, loader, tmp_path), run(toy, loader))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_teacher_or_student_of_broken_weights_is_refused_before_work_starts(bad, toy, loader, tmp_path):
+    for k in range(2):
+        models = [toy(), toy(seed=1)]
+        with torch.no_grad():
+            models[k].network.layers[3].bias[5] = bad
+        with pytest.raises(ValueError, match=r"layers\.3\.bias of Toy holds NaN or infinity before training"):
+            distill.train(distill.Conversion(*models), loader, steps=2, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_false_does_not_overwrite_a_run(toy, loader, tmp_path):
