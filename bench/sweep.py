@@ -14,7 +14,6 @@ What every key means stands in docs/bench.md. Paths are relative to the folder t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -23,15 +22,16 @@ from typing import Any
 
 import torch
 
+from fastsample import checks as check
+from fastsample import toml
+from fastsample.checks import Check
 from fastsample.denoiser import Model
 from fastsample.plan import Plan
 from fastsample.spacing import SPACINGS
 from fastsample.tracing import Solver
 
-from . import sweep_checks as check
 from .case import Case
 from .latency import Latency
-from .sweep_checks import Check
 from .sweep_quality import KEYS, MEASURES, Asked
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -152,7 +152,7 @@ def read_sweep(path: str | Path, *, solvers: Mapping[str, Solver]) -> Sweep:
     Raises ValueError, naming the file, the key, its place and what is known there, for all that cannot be meant.
     """
     try:
-        return _sweep(_toml(Path(path)), solvers)
+        return _sweep(toml.read(path), solvers)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -330,22 +330,6 @@ def _matches(case: Case, pattern: Mapping[str, tuple[Any, ...]]) -> bool:
         **{key: getattr(case, to) for key, to in WAYS.items()},
     }
     return all(has[key] in values for key, values in pattern.items())
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
-    except ImportError as error:
-        raise ImportError("reading a sweep needs tomli before Python 3.11: pip install 'fastsample[bench]'") from error
-    try:
-        return dict(tomllib.loads(path.read_text(encoding="utf-8")))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8 ({error.reason} at byte {error.start})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"it is no TOML: {error}") from error
 
 
 def _tables(sections: Mapping[str, Any], key: str) -> list[Any]:

@@ -13,7 +13,7 @@ from .noise import Noise, noise
 from .plan import Plan, Row
 from .prediction import Prediction, prediction
 from .sampling import sample, solve
-from .schedule import EDM, VP, Flow, Schedule, VPContinuous
+from .schedule import EDM, VP, Flow, Schedule, TrigFlow, VPContinuous
 from .spacing import (
     SPACINGS,
     Spacing,
@@ -64,6 +64,7 @@ __all__ = [
     "Schedule",
     "Spacing",
     "Thresholded",
+    "TrigFlow",
     "VPContinuous",
     "Wrapper",
     "at_times",

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fastsample as fs
-from fastsample import cli_bench, solvers
+from fastsample import cli_bench, cli_train, solvers
 from fastsample.cli_common import MODEL_HELP, OPTIONAL, class_count, load, missing, need, sample_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 app = typer.Typer(
-    help="Fewer steps for diffusion models: sample, print plans, train, and measure latency against quality.",
+    help="Fewer steps for diffusion models: sample, print plans, train, distil, and measure latency against quality.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(cli_bench.app, name="bench")
+app.command("train")(cli_train.train_recipe)
+app.command("distill")(cli_train.distill_recipe)
 
 _Condition = dict[str, "Tensor"]
 MOST_SHOWN = 500  # samples on a picture; all of them are in the .npz
@@ -38,7 +40,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == 130:  # how typer ends after Ctrl-C, without a word
             print(
-                "stopped; demo, train, tune and bench run go on where they were when they are run again",
+                "stopped; demo, train, distill, tune and bench run go on where they were when they are run again",
                 file=sys.stderr,
             )
         raise
@@ -256,27 +258,6 @@ def tune(
         say=lambda line: typer.echo(line, err=True),
     )
     typer.echo(f"{tuned}\nuse it with: fastsample sample --plan {out / 'plan.json'}")
-
-
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="What to train: digits.")],
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished network.")] = Path("runs/digits"),
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the network.")] = 8000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the folder.")] = True,
-) -> None:
-    """Train the built-in network; a killed run goes on."""
-    from fastsample import distill
-
-    if recipe != "digits":
-        raise typer.BadParameter(f"unknown recipe {recipe!r}; choose one of digits")
-    need("diffusers", "accelerate", "scikit-learn")
-    import torch
-
-    torch.set_num_threads(1)  # sums in one order: the seed alone decides the weights, on any number of cores
-    distill.train_digits(out, steps=steps, seed=seed, resume=resume, progress=True)
-    typer.echo(f"trained; use it with: fastsample sample --model {out / 'model'}")
 
 
 @app.command()

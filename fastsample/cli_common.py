@@ -12,6 +12,7 @@ MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained, such
 OPTIONAL = {
     "diffusers": "diffusers",
     "accelerate": "train",
+    "peft": "lora",
     "matplotlib": "bench",
     "scikit-learn": "demo",
     "triton": "kernels",

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .card import Card
 from .grid import Node, Nodes, per_sample
+from .plan import Plan
 from .prediction import Prediction, prediction
 from .schedule import Schedule
 from .spacing import Spacing
@@ -82,7 +84,11 @@ class Denoiser:
         this schedule usually take.
     dtype: of x as the network sees it (t stays float32); None: that of its first floating-point parameter.
     spacing: the spacing this network's own sampler uses, for those who want the same; no other effect.
+
+    `card` is what `fs.from_pretrained` found beside the weights, and `plan` the plan on it; None for others.
     """
+
+    card: Card | None = None
 
     def __init__(
         self,
@@ -103,6 +109,11 @@ class Denoiser:
         self.dtype = dtype or _dtype_of(network)
         self.spacing = spacing
         self.count = Count()
+
+    @property
+    def plan(self) -> Plan | None:
+        """What a distilled network is to be sampled by: `fs.sample(model, model.plan, noise)`."""
+        return None if self.card is None else self.card.plan
 
     def predict(self, x: Tensor, node: Node | Nodes, **condition: Any) -> Tensor:
         """x0 at x [B, ...] and node, in the dtype of x; condition: handed to the network.

@@ -258,6 +258,32 @@ class Flow(Schedule):
         return self.shift * t / (1 + (self.shift - 1) * t)
 
 
+@dataclass(frozen=True)
+class TrigFlow(Schedule):
+    """alpha = cos(t), sigma = sin(t), for t in [0, pi/2]. Lu and Song 2024, arXiv:2410.11081, Sec. 3.1.
+
+    Their noise has the standard deviation of the data, sigma_data; with unit noise, as here, the data is to be divided
+    by it. Training by `distill.ContinuousConsistency` needs neither: it goes over from any schedule by itself.
+    t_max: theirs, arctan(80 / 0.5), where sampling starts; at pi/2 alpha is 0.
+    """
+
+    t_min: float = 1e-3
+    t_max: float = math.atan(160.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.t_min < self.t_max <= math.pi / 2:
+            raise ValueError(f"need 0 < t_min < t_max <= pi/2, got {self.t_min:g} and {self.t_max:g}")
+
+    def alpha(self, t: Times) -> Tensor:
+        return (math.pi / 2 - _float64(t)).sin()  # exactly 0 at pi/2, where the cosine is 6e-17
+
+    def sigma(self, t: Times) -> Tensor:
+        return _float64(t).sin()
+
+    def time(self, lam: Times) -> Tensor:
+        return (-_float64(lam)).exp().atan()
+
+
 def _check_range(t_min: float, t_max: float) -> None:
     if not 0 < t_min < t_max <= 1:
         raise ValueError(f"need 0 < t_min < t_max <= 1, got {t_min:g} and {t_max:g}")

@@ -16,7 +16,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 WINGS = ["solvers", "distill", "kernels", "bench"]
-DATA = {".safetensors", ".json", ".npz", ".html", ".js", ".css"}
+DATA = {".safetensors", ".json", ".npz", ".toml", ".html", ".js", ".css"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Runs the console script of the wheel unpacked at argv[1]. An editable install would answer for modules that
@@ -81,7 +81,7 @@ def test_every_folder_with_modules_has_an_init_file():
 
 
 def test_the_promised_extras_exist():
-    promised = "diffusers train kernels export tensorrt tensorrt-rtx bench demo test all"
+    promised = "diffusers train lora kernels export tensorrt tensorrt-rtx bench demo test all"
     assert set(promised.split()) <= PYPROJECT["project"]["optional-dependencies"].keys()
 
 

@@ -85,7 +85,7 @@ def test_numbers_and_tensors_of_times_agree_in_float64(schedule):
 
 @EVERY
 def test_index_and_unit_keep_the_kind_of_their_argument(schedule):
-    if isinstance(schedule, fs.EDM):
+    if isinstance(schedule, fs.EDM | fs.TrigFlow):
         for method in (schedule.index, schedule.unit):
             with pytest.raises(ValueError, match="another `time=`"):
                 method(1.0)
@@ -171,11 +171,21 @@ def test_zero_terminal_snr_is_that_of_diffusers():
         (lambda: fs.VPContinuous(t_min=0.0), "0 < t_min"),
         (lambda: fs.VPContinuous(0.1, float("inf")), "both finite, got 0.1 and inf"),
         (lambda: fs.EDM(0.1, float("inf")), "both finite, got 0.1 and inf"),
+        (lambda: fs.TrigFlow(t_min=0.0), r"t_max <= pi/2, got 0 and"),
+        (lambda: fs.TrigFlow(t_max=1.6), r"t_max <= pi/2, got 0.001 and 1.6"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_trig_flow_ends_without_data_at_half_pi():
+    schedule = fs.TrigFlow(t_max=np.pi / 2)
+    assert (float(schedule.alpha(np.pi / 2)), float(schedule.sigma(np.pi / 2))) == (0, 1)
+    assert float(schedule.time(-torch.inf)) == np.pi / 2
+    t = torch.linspace(0, np.pi / 2, 9, dtype=torch.float64)
+    torch.testing.assert_close(schedule.alpha(t), t.cos(), rtol=0, atol=1e-15)
 
 
 def test_schedules_compare_by_value_and_show_themselves_shortly():

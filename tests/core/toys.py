@@ -18,6 +18,7 @@ SCHEDULES = {
     "edm": fs.EDM(),
     "flow": fs.Flow(),
     "shifted_flow": fs.Flow(shift=3.0),
+    "trig_flow": fs.TrigFlow(),
 }
 REGULAR = {name: schedule for name, schedule in SCHEDULES.items() if name not in ("zero_terminal_snr", "custom")}
 
