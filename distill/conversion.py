@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import node, per_sample
+from fastsample.guidance import Guidance
 from fastsample.prediction import Prediction
+from fastsample.wrapper import Wrapper
 
 from . import draws
 from .consistency import check_pair, check_start
 from .method import Batch, Method, asked, check_drop, conditions, dropped
+from .scale import Scales, at_scale
 from .times import noisy, random_nodes
 
 
@@ -46,21 +49,28 @@ class Conversion(Method):
 
     Of a v student that is the error of x0 with weight SNR + 1 (Salimans and Ho 2022, arXiv:2202.00512, Sec. 4).
 
-    teacher: may be guided; the student then learns to say alone what the two evaluations of guidance say
-        (Meng et al. 2023, arXiv:2210.03142, Sec. 3.1, at one scale).
+    teacher: may be guided; the student then learns to say alone what the two evaluations of guidance say, at the
+        teacher's scale or at any of `scales`. Meng et al. 2023, arXiv:2210.03142, Sec. 3.1.
     limit: the teacher's x0 is clipped to [-limit, limit]; of an eps teacher it may be far outside at noisy times.
+        math.inf clips none, as latents need, which have no such range.
+    scales: guidance scales in place of the teacher's own, one drawn for each sample, that the student is told.
     drop, null: as for `Diffusion`.
     """
 
     student: Denoiser
     teacher: Model
     limit: float = field(default=1.0, kw_only=True)
+    scales: Scales | None = field(default=None, kw_only=True)
     drop: float = field(default=0.0, kw_only=True)
     null: Mapping[str, float | Tensor] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         check_drop(self.drop, self.null)
         check_pair(self.student, self.teacher)
+        if not self.limit > 0:
+            raise ValueError(f"limit must be above 0, got {self.limit:g}; math.inf clips none")
+        if self.scales:
+            at_scale(self.teacher, torch.ones(1))
         check_start("teacher", self.teacher, node(self.teacher.schedule, self.teacher.schedule.t_max))
 
     @property
@@ -76,8 +86,26 @@ class Conversion(Method):
         at = random_nodes(self.student.schedule, len(data), data.device)
         x = noisy(data, draws.randn_like(data), at)
         condition = dropped(conditions(batch), self.null, self.drop)
+        teacher, _, told = told_scales(self.teacher, self.scales, data)
         with torch.no_grad():
-            x0 = self.teacher.predict(x, at, **condition).clamp(-self.limit, self.limit)
+            x0 = teacher.predict(x, at, **condition).clamp(-self.limit, self.limit)
         p, q = self.student.prediction.output(at.alpha, at.sigma)
         target = per_sample(p, x) * x + per_sample(q, x) * x0
-        return (self.student.output(x, at, **condition) - target).square().mean()
+        return (self.student.output(x, at, **condition, **told) - target).square().mean()
+
+
+def told_scales(teacher: Model, scales: Scales | None, data: Tensor) -> tuple[Model, Batch, Batch]:
+    """The teacher at a scale drawn for each sample of data, [B, ...], and the conditions that tell teacher and student.
+
+    A guided teacher is guided at those scales; any other must have been taught to take them as the student does.
+    """
+    if scales is None:
+        return teacher, {}, {}
+    scale = scales.draw(len(data), data.device)
+    told = scales.told(scale)
+    return (at_scale(teacher, scale), {}, told) if guided(teacher) else (teacher, told, told)
+
+
+def guided(model: Model) -> bool:
+    """Whether there is guidance among the wrappers of a model."""
+    return isinstance(model, Guidance) or (isinstance(model, Wrapper) and guided(model.model))

@@ -6,6 +6,7 @@ Salimans and Ho 2022, arXiv:2202.00512, Alg. 2.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,18 +18,20 @@ import torch
 from torch import Tensor
 
 from fastsample.denoiser import Denoiser, Model
-from fastsample.grid import Grid, Nodes, grid, per_sample
+from fastsample.grid import Grid, Node, Nodes, grid, per_sample
 from fastsample.prediction import EPS
 from fastsample.schedule import Schedule
 from fastsample.spacing import Spacing, uniform_t
 
 from . import draws
 from .consistency import check_pair, check_starts
-from .conversion import Conversion, student_of
+from .conversion import Conversion, student_of, told_scales
 from .method import Batch, Method, asked, check_drop, conditions, dropped
+from .scale import Embedded, Scales, scaled_student
 from .times import ddim_step, noisy
 from .trainer import train
 
+MAGNIFIED = 100  # times an error of eps at the first node: the built-in digits have 15, DDPM's linear betas 157
 Weight = Callable[[Nodes], Tensor]  # of the squared error of x0 at these nodes, [B]
 
 
@@ -58,10 +61,12 @@ class ProgressiveDistillation(Method):
     steps, spacing: the student's grid. The teacher walks twice the steps, and every second of its nodes must be one
         of the student's, as with equal steps in t, in lam or in a power of t. Sample by DDIM on `grid`.
     weight: "truncated_snr", "snr+1" or a function Nodes -> [B], of the squared error of x0.
+    scales: guidance scales, one drawn for each sample, that the student is told; a guided teacher has them in place of
+        its own, any other is told them too. Meng et al. 2023, arXiv:2210.03142, Sec. 3.2.
     drop, null: as for `Diffusion`, so that the student knows "no condition" too.
 
     Raises ValueError where the two grids do not share their nodes, or start at alpha = 0 with a network that predicts
-    eps.
+    eps. Warns where a teacher of eps starts near it.
     """
 
     student: Denoiser
@@ -69,6 +74,7 @@ class ProgressiveDistillation(Method):
     steps: int = field(kw_only=True)
     spacing: Spacing = field(default=uniform_t, kw_only=True)
     weight: str | Weight = field(default="truncated_snr", kw_only=True)
+    scales: Scales | None = field(default=None, kw_only=True)
     drop: float = field(default=0.0, kw_only=True)
     null: Mapping[str, float | Tensor] = field(default_factory=dict, kw_only=True)
 
@@ -77,6 +83,7 @@ class ProgressiveDistillation(Method):
         check_pair(self.student, self.teacher)
         check_weight(self.weight)
         check_starts(self.student, self.teacher, self.finer.nodes[0])
+        check_magnified(self.teacher, self.finer.nodes[0])
 
     @property
     def roles(self) -> dict[str, Denoiser]:
@@ -102,11 +109,11 @@ class ProgressiveDistillation(Method):
         s, _, _ = self._interval(i)
         x = noisy(data, draws.randn_like(data), s)
         condition = dropped(conditions(batch), self.null, self.drop)
-        error = self.student.predict(x, s, **condition) - self.target(x, i, **condition)
+        teacher, taught, told = told_scales(self.teacher, self.scales, data)
+        error = self.student.predict(x, s, **condition, **told) - self._target(teacher, x, i, {**condition, **taught})
         weight = WEIGHTS[self.weight] if isinstance(self.weight, str) else self.weight
         return (weight(s).to(error) * error.square().flatten(1).mean(1)).mean()
 
-    @torch.no_grad()
     def target(self, x: Tensor, i: Tensor, **condition: Any) -> Tensor:
         """The x0 whose one step from x, over interval i of the student, ends where two of the teacher end.
 
@@ -115,9 +122,13 @@ class ProgressiveDistillation(Method):
             (x_t - r x_s) / (alpha_t - r alpha_s) = (1 - share) x1 + share x2,   r = sigma_t / sigma_s
         In the last interval, sigma_t = 0, it is x2.
         """
+        return self._target(self.teacher, x, i, condition)
+
+    @torch.no_grad()
+    def _target(self, teacher: Model, x: Tensor, i: Tensor, condition: Mapping[str, Any]) -> Tensor:
         s, m, t = self._interval(i)
-        x1 = self.teacher.predict(x, s, **condition)
-        x2 = self.teacher.predict(ddim_step(x, x1, s, m), m, **condition)
+        x1 = teacher.predict(x, s, **condition)
+        x2 = teacher.predict(ddim_step(x, x1, s, m), m, **condition)
         share = (t.alpha - m.alpha * (t.sigma / m.sigma)) / (t.alpha - s.alpha * (t.sigma / s.sigma))
         found: Tensor = torch.lerp(x1, x2, per_sample(share, x))
         return found
@@ -144,6 +155,7 @@ def progressive(
     conversion: int = 1000,
     spacing: Spacing = uniform_t,
     weight: str | Weight = "truncated_snr",
+    scales: Scales | None = None,
     drop: float = 0.0,
     null: Mapping[str, float | Tensor] | None = None,
     out: str | Path | None = None,
@@ -154,14 +166,17 @@ def progressive(
     """Halve the steps of a teacher round by round; return the student of the last. Sample it by DDIM on its grid.
 
     Each student begins with the weights of its teacher, the student of the round before; the first teacher walks
-    2 rounds[0] steps of DDIM.
+    2 rounds[0] steps of DDIM. That is the one given, where Meng et al. 2023 (arXiv:2210.03142, Sec. 3.2) have the
+    converted student: so what conversion has missed is learned, not handed on.
 
     updates: of each round, or one number for all.
     rounds: the steps of the students, each half of those before.
-    student: of the first round, trained in place; None is a copy of the teacher, which predicts v in place of eps.
+    student: of the first round, trained in place; None is a copy of the teacher, which predicts v in place of eps and,
+        with scales that are told as `timestep_cond`, has a projection for them (`scaled_student`).
     conversion: updates of `Conversion` before the first round, which are done where the student is given, the teacher
         is guided or it predicts eps: then the student does not yet say what the teacher says. 0 leaves them out.
-    spacing, weight, drop, null: as for `ProgressiveDistillation`.
+    spacing, weight, scales, drop, null: as for `ProgressiveDistillation`. With scales the teacher is guided, at those
+        in place of its own; sample the student at one by condition={..., **scales.told(scale, batch)}.
     out: a folder with one for each round in it, steps-16, steps-8, ..., and conversion; None writes nothing. The same
         call again goes on where it was stopped, in a round or between two, with the weights of an uninterrupted run.
     save: writes each student to `model` in the folder of its round, such as fs.save_pretrained.
@@ -179,13 +194,13 @@ def progressive(
     first, null = asked(teacher)[0], null or {}
     copied = student is None and isinstance(teacher, Denoiser) and first.prediction is not EPS
     if student is None:
-        student = student_of(first, predicts="v" if first.prediction is EPS else None)
+        student = _copy(first, scales)
     if conversion and not copied:
-        convert = Conversion(student, teacher, drop=drop, null=null)
+        convert = Conversion(student, teacher, scales=scales, drop=drop, null=null)
         train(convert, loader, steps=conversion, out=_inside(out, "conversion"), seed=seed, **options)
     for k, (steps, count) in enumerate(zip(rounds, counts), 1):
         method = ProgressiveDistillation(
-            student, teacher, steps=steps, spacing=spacing, weight=weight, drop=drop, null=null
+            student, teacher, steps=steps, spacing=spacing, weight=weight, scales=scales, drop=drop, null=null
         )
         folder = _inside(out, f"steps-{steps}")
         done = train(method, loader, steps=count, out=folder, seed=seed + k, **options)
@@ -194,6 +209,13 @@ def progressive(
         if steps > rounds[-1]:
             teacher, student = done, student_of(done)
     return done
+
+
+def _copy(teacher: Denoiser, scales: Scales | None) -> Denoiser:
+    predicts = "v" if teacher.prediction is EPS else None
+    if scales and isinstance(scales.embed, Embedded):
+        return scaled_student(teacher, scales.embed.size, predicts=predicts)
+    return student_of(teacher, predicts=predicts)
 
 
 def halved(schedule: Schedule, steps: int, spacing: Spacing) -> Grid:
@@ -207,6 +229,17 @@ def halved(schedule: Schedule, steps: int, spacing: Spacing) -> Grid:
                 f"uniform_lam, quadratic_t or power_t"
             )
     return fine
+
+
+def check_magnified(teacher: Model, first: Node) -> None:
+    """Warn of a teacher that predicts eps and has next to no signal at the first node. Called by __post_init__."""
+    if first.sigma > MAGNIFIED * first.alpha > 0 and any(denoiser.prediction is EPS for denoiser in asked(teacher)):
+        warnings.warn(
+            f"the teacher predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
+            f"{first.sigma / first.alpha:.3g} at the first step (t = {first.t:g}), and the student would learn them; "
+            f"train a student that predicts v by Conversion, which clips that x0, and make it the teacher",
+            stacklevel=4,
+        )
 
 
 def check_rounds(rounds: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ def test_a_saved_model_predicts_the_same_after_loading(model, tmp_path):
         torch.testing.assert_close(loaded.predict(x, node), model.predict(x, node), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("schedule", [fs.EDM(), fs.Flow(shift=3.0), fs.VPContinuous()], ids=repr)
+@pytest.mark.parametrize("schedule", [fs.EDM(), fs.Flow(shift=3.0), fs.VPContinuous(), fs.TrigFlow(t_max=1.5)], ids=repr)
 def test_every_schedule_survives_saving(model, schedule, tmp_path):
     fs.save_pretrained(fs.Denoiser(model.network, schedule, "x0"), tmp_path)
     loaded = fs.from_pretrained(tmp_path)

@@ -4,6 +4,7 @@ METHODS[name](make) gives a new Method of new networks; make(predicts, seed=, sc
 """
 
 import torch
+from torch import nn
 
 import fastsample as fs
 from fastsample import distill, solvers
@@ -32,6 +33,21 @@ def distribution(make, *, adversarial=False, **options):
     return distill.DistributionMatching(student, teacher, critic, ratio=3, **options)
 
 
+class TwoTimes(nn.Module):
+    """A network of one time, told half of each of two."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, t, r, **condition):
+        return self.network(x, 500 * (t + r), **condition)
+
+
+def mean_flow(make, teacher=None, **options):
+    return distill.MeanFlow(distill.FlowMap(TwoTimes(make("flow", schedule=fs.Flow()).network)), teacher, **options)
+
+
 METHODS = {
     "diffusion": lambda make: distill.Diffusion(make("eps"), **DROP),
     "diffusion_importance": lambda make: distill.Diffusion(
@@ -52,6 +68,10 @@ METHODS = {
     ),
     "distribution": distribution,
     "distribution_adversarial": lambda make: distribution(make, adversarial=True, steps=2),
+    "continuous": lambda make: distill.ContinuousConsistency(make("v"), make("v", seed=1), warmup=8, **DROP),
+    "continuous_training": lambda make: distill.ContinuousConsistency(make("v"), tangent="finite_difference"),
+    "mean_flow": lambda make: mean_flow(make, scale=2.0, **DROP),
+    "mean_flow_distillation": lambda make: mean_flow(make, guided(make("v", seed=1))),
     "reflow": lambda make: distill.Reflow(make("flow", schedule=fs.Flow())),
 }
 

@@ -189,7 +189,7 @@ def test_an_eps_network_where_alpha_is_zero_is_refused(toy):
 
 
 def test_times_that_cannot_be_placed_are_refused_before_any_training(toy):
-    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"times counts the intervals, at least 1 \(N = 2 times\), got 0"):
         distill.ConsistencyDistillation(toy(), toy(), times=0)
 
 

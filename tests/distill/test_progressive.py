@@ -4,7 +4,14 @@ import gc
 import importlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +22,8 @@ from fastsample import distill, solvers
 from fastsample.distill import checkpoint as checkpoints
 from fastsample.distill.method import described
 from fastsample.distill.progressive import snr_plus_one, truncated_snr
+
+from .conftest import Toy
 
 pytest.importorskip("accelerate")
 STD, MEAN = 0.3, 0.2  # of the Gaussian data
@@ -235,6 +244,7 @@ def rms(a, b):
     return float((a - b).square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_students_follow_twice_their_steps_of_a_teacher_that_is_guided_or_not(loader, toy):
     """Nearer than the same steps of the teacher, or without guidance, come: paired, from equal noises."""
     labels = torch.arange(512) % 2
@@ -264,6 +274,110 @@ def test_the_target_of_a_guided_teacher_is_two_guided_steps(toy):
         end = fs.exponential_step(middle, guided.predict(middle, m, class_labels=labels), m, t)
     target = method.target(x, torch.full((4,), 1), class_labels=labels)
     torch.testing.assert_close(fs.exponential_step(x, target, s, t), end)
+
+
+class Told(nn.Module):
+    """Remembers what it is asked; says `factor` times the label, and where it is told a scale, plus that."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.asked = nn.Parameter(torch.tensor(factor, dtype=torch.float64)), []
+
+    def forward(self, x, t, class_labels, guidance=None):
+        self.asked.append((x, t, class_labels, guidance))
+        told = 0.0 if guidance is None else guidance.double()
+        return (self.factor * (class_labels + told))[:, None].expand_as(x)
+
+
+def told_pair(teacher_factor=0.3):
+    schedule = fs.VP.scaled_linear()
+    return [fs.Denoiser(Told(factor), schedule, "x0") for factor in (0.0, teacher_factor)]
+
+
+SCALES = distill.Scales(1.0, 4.0, distill.Plain())
+
+
+def test_the_guided_teacher_has_a_scale_for_each_sample_and_the_student_is_told_it():
+    """With a student that says 0 and a teacher that says 0.3 y, the target is 0.3 (2 + scale (y - 2))."""
+    batch = {"x0": torch.zeros(64, 1, dtype=torch.float64), "class_labels": torch.arange(64) % 2}
+    student, teacher = told_pair()
+    guided = fs.Guided(teacher, uncond={"class_labels": 2}, scale=7.0)
+    methods = [
+        distill.Conversion(student, guided, scales=SCALES, limit=math.inf),
+        distill.ProgressiveDistillation(student, guided, scales=SCALES, steps=1, weight=lambda at: 1 + 0 * at.alpha),
+    ]
+    for method in methods:
+        student.network.asked.clear()
+        loss = method.loss("student", batch, 0)
+        _, _, labels, scale = student.network.asked[0]
+        assert scale.min() >= 1
+        assert scale.max() <= 4
+        assert len(scale.unique()) == 64
+        target = 0.3 * (2 + scale.double() * (labels - 2))  # of every step, as the teacher does not look at x
+        assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-6)  # the scale is told in float32
+    assert all(scale is None for *_, scale in teacher.network.asked)
+
+
+def test_a_teacher_that_takes_scales_is_told_what_the_student_is_told():
+    student, teacher = told_pair()
+    method = distill.ProgressiveDistillation(student, teacher, scales=SCALES, steps=2)
+    method.loss("student", {"x0": torch.zeros(8, 1, dtype=torch.float64), "class_labels": torch.zeros(8)}, 0)
+    (_, _, _, scale), (*_, first), (*_, second) = *student.network.asked, *teacher.network.asked
+    assert len(scale.unique()) == 8
+    assert torch.equal(scale, first)
+    assert torch.equal(scale, second)
+
+
+def test_scales_are_kept_through_the_rounds(loader, tmp_path):
+    """Between two scales of guidance a student that is told them comes nearer to the right one."""
+
+    class Scaled(Toy):
+        def __init__(self, **options):
+            super().__init__(**options)
+            with torch.random.fork_rng():
+                torch.manual_seed(9)
+                self.scaled = nn.Linear(3, 8)
+
+        def forward(self, x, t, class_labels, guidance):
+            chosen = nn.functional.one_hot(class_labels, 3) * (guidance[:, None] - 1)
+            labels = self.embedding(class_labels) + self.scaled(chosen)
+            angles = (t[:, None] / 1000) * (2.0 ** torch.arange(8))
+            return self.layers(torch.cat([x, angles.sin(), angles.cos(), labels], 1))
+
+    learned = distill.train(
+        distill.Diffusion(fs.Denoiser(Toy(), fs.VP.scaled_linear(), "v"), drop=0.1, null={"class_labels": 2}),
+        loader, steps=200, lr=3e-3, warmup=20, ema=0.98,
+    )  # fmt: skip
+    network = Scaled()
+    network.load_state_dict(learned.network.state_dict(), strict=False)
+    student = distill.progressive(
+        fs.Guided(learned, uncond={"class_labels": 2}, scale=1.0), loader, rounds=(4, 2), updates=100, conversion=150,
+        student=fs.Denoiser(network, learned.schedule, "v"), scales=distill.Scales(1.0, 3.0, distill.Plain()),
+        lr=2e-3, ema=0.98, out=tmp_path,
+    )  # fmt: skip
+    labels = torch.arange(512) % 2
+    noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(5))
+    plans = [fs.trace(solvers.ddim, fs.grid(learned.schedule, steps, fs.uniform_t)) for steps in (2, 8)]
+    scales = (1.0, 3.0)
+    few, far = [], []
+    for scale in scales:
+        guidance = torch.full((512,), scale)
+        few.append(fs.sample(student, plans[0], noise, condition={"class_labels": labels, "guidance": guidance}))
+        guided = fs.Guided(learned, uncond={"class_labels": 2}, scale=scale)
+        far.append(fs.sample(guided, plans[1], noise, condition={"class_labels": labels}))
+    for i in range(2):
+        assert rms(few[i], far[i]) < 0.4 * rms(few[i], far[1 - i])
+    line = json.loads((tmp_path / "steps-2" / "step-000100" / "manifest.json").read_text())
+    assert line["configuration"]["method"]["scales"] == "1 to 3, as guidance"
+
+
+def test_scales_without_guidance_or_a_limit_below_zero_are_refused(toy):
+    with pytest.raises(TypeError, match=r"need a teacher with guidance, got Denoiser; wrap it: fs\.Guided"):
+        distill.Conversion(toy("v"), toy("eps"), scales=SCALES)
+    with pytest.raises(TypeError, match=r"need a teacher with guidance"):
+        distill.progressive(toy("eps"), [], rounds=(2,), updates=1, scales=SCALES)
+    with pytest.raises(ValueError, match=r"limit must be above 0, got 0; math\.inf clips none"):
+        distill.Conversion(toy("v"), toy("eps"), limit=0.0)
 
 
 def test_all_that_a_wrapped_teacher_asks_is_frozen(toy):
@@ -348,6 +462,45 @@ def test_rounds_that_are_done_are_neither_trained_nor_fed_again(toy, ring, tmp_p
     fed.clear()
     assert same(rounds(toy, loader, tmp_path), first)
     assert len(fed) == len(ROUNDS)  # the look at the first batch
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from conftest import Toy
+import fastsample as fs
+from fastsample import distill
+def slow(self, step):
+    time.sleep(0.01)
+distill.Conversion.after = distill.ProgressiveDistillation.after = slow
+points = torch.linspace(-1, 1, 256).view(128, 2)
+teacher = fs.Denoiser(Toy(seed=3, dropout=0.1), fs.VP.scaled_linear(), "eps")
+options = {"rounds": (2, 1), "updates": 60, "conversion": 60, "save_every": 1}
+distill.progressive(teacher, distill.Batches(points, size=32), out=sys.argv[2], **options)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["conversion", "steps-2", "steps-1"])
+def test_rounds_that_are_killed_go_on_to_the_same_weights(where, toy, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(out)], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list((out / where).glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < max(int(path.name[5:]) for path in (out / where).glob("step-*")) < 60
+    points = torch.linspace(-1, 1, 256).view(128, 2)
+
+    def finish(folder):
+        options = {"rounds": (2, 1), "updates": 60, "conversion": 60, **({"save_every": 1} if folder else {})}
+        return distill.progressive(
+            toy("eps", seed=3, dropout=0.1), distill.Batches(points, size=32), out=folder, **options
+        )
+
+    assert same(finish(out), finish(None))
 
 
 def test_a_round_may_be_added_to_those_that_are_done(toy, loader, tmp_path):
@@ -489,3 +642,18 @@ def test_eps_is_warned_of_and_refused_where_alpha_is_zero(toy):
         distill.progressive(fs.Guided(eps, uncond={"class_labels": 2}, scale=2.0), [], rounds=(2,), updates=1)
     with pytest.raises(ValueError, match="the student predicts eps, which says nothing of x0 at alpha = 0"):
         distill.ProgressiveDistillation(eps, v, steps=2)
+
+
+def test_a_teacher_of_eps_that_starts_near_alpha_zero_is_warned_of(toy):
+    """At alpha = 0.006, where DDPM's linear betas end, an error of eps is one of x0 157 times as large."""
+    schedule = fs.VP.linear()
+    student, teacher, good = (fs.Denoiser(toy(seed=k).network, schedule, p) for k, p in enumerate(["v", "eps", "v"]))
+    told = r"teacher predicts eps.*errors by 157 at the first step \(t = 999\).*by Conversion.*make it the teacher"
+    for wrapped in (teacher, fs.Guided(teacher, uncond={"class_labels": 2}, scale=2.0)):
+        with pytest.warns(UserWarning, match=told) as caught:
+            distill.ProgressiveDistillation(student, wrapped, steps=2)
+        assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distill.ProgressiveDistillation(student, good, steps=2)
+        distill.ProgressiveDistillation(toy("v"), toy("eps", seed=1), steps=2)
