@@ -114,7 +114,8 @@ class LCMBoundary(Boundary):
 
     def factors(self, schedule: Schedule, at: Node | Nodes) -> tuple[Any, Any]:
         t: Any = at.t
-        index, variance = schedule.index(t), self.sigma_data**2
+        index = schedule.index(t)
+        variance = self.sigma_data**2
         if isinstance(index, Tensor):
             scaled = self.timestep_scaling * index.clamp(min=0)
             return variance / (scaled**2 + variance), scaled / (scaled**2 + variance).sqrt()

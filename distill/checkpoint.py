@@ -48,8 +48,7 @@ def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *,
     temporary = hidden / target.name
     try:
         temporary.mkdir()  # with the rights of any new folder, unlike `hidden`
-        tensors = {key: value.detach().cpu().contiguous() for key, value in checkpoint.tensors.items()}
-        save_file(tensors, temporary / STATE)
+        save_file(_own(checkpoint.tensors), temporary / STATE)
         files.readable(temporary / STATE)
         manifest = {
             "format": "fastsample.checkpoint",
@@ -60,7 +59,7 @@ def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *,
             "scaler": checkpoint.scaler,
             "numbers": checkpoint.numbers,
             "sha256": files.sha256(temporary / STATE),
-            "configuration": _finite(configuration),
+            "configuration": finite(configuration),
         }
         text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
@@ -68,11 +67,26 @@ def save(out: Path, checkpoint: Checkpoint, configuration: Mapping[str, Any], *,
             with (temporary / name).open("rb+") as file:
                 os.fsync(file.fileno())
         temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        code, reason = (error.errno, error.strerror) if isinstance(error, OSError) else (None, str(error))
+        told = f"cannot write {target}: {reason}; the checkpoints before it stay. Make room, and run again to go on"
+        raise (OSError(told) if code is None else OSError(code, told)) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     for old in folders(out)[:-keep]:
         _remove(old)
     return target
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with a memory of its own: safetensors writes no two that share it."""
+    found, seen = dict[str, Tensor](), set[int]()
+    for key, value in tensors.items():
+        kept = value.detach().cpu().contiguous()
+        place = kept.untyped_storage().data_ptr()
+        found[key] = kept.clone() if place in seen else kept
+        seen.add(place)
+    return found
 
 
 def folders(out: Path) -> list[Path]:
@@ -106,7 +120,7 @@ def load(folder: Path, configuration: Mapping[str, Any]) -> Checkpoint:
             f"{folder} is {form} of version {version}; expected fastsample.checkpoint {VERSION}: train into another "
             f"folder"
         )
-    differs = differences(found, json.loads(json.dumps(_finite(configuration))))
+    differs = differences(found, json.loads(json.dumps(finite(configuration))))
     if differs:
         raise ValueError(
             f"{folder} was made with another configuration: {'; '.join(differs[:5])}"
@@ -127,6 +141,12 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
 
 
+def roles(folder: Path) -> list[str]:
+    """The roles of the run that made a checkpoint, the first first."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return list(manifest["configuration"]["networks"])
+
+
 _REMEDY = "remove that folder, and the run goes on from the checkpoint before it"
 
 
@@ -140,12 +160,12 @@ def differences(then: Any, now: Any, name: str = "") -> list[str]:
     return [] if then == now else [f"{name} was {_short(then)}, now {_short(now)}"]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with infinity and NaN as text: JSON has neither."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -5,7 +5,7 @@ Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def start(network: nn.Module, modules: bool | Sequence[str]) -> list[nn.Module]:
-    """Begin; returns what `stop` wants.
+def start(network: nn.Module, modules: bool | Sequence[str]) -> list[Callable[[], object]]:
+    """Begin; returns what ends it, to be called.
 
     modules: True asks the network itself, as diffusers' can; names of classes choose the modules that compute again.
     Raises ValueError where the network cannot, or has no such modules.
@@ -28,25 +28,32 @@ def start(network: nn.Module, modules: bool | Sequence[str]) -> list[nn.Module]:
                 f"{type(network).__name__} has no enable_gradient_checkpointing; name the classes of the modules that "
                 f"shall compute again, such as checkpointing=['{_first(network)}']"
             )
+        if able.is_gradient_checkpointing:  # by its owner, who may want it on
+            return []
         able.enable_gradient_checkpointing()
-        return [able]
+        return [able.disable_gradient_checkpointing]
     chosen = [module for module in network.modules() if type(module).__name__ in modules]
     if lacking := set(modules) - {type(module).__name__ for module in chosen}:
         raise ValueError(
             f"{type(network).__name__} has no modules of class {', '.join(sorted(lacking))}; it has "
             f"{', '.join(sorted({type(module).__name__ for module in network.modules()}))}"
         )
-    for module in chosen:
-        # on the object, so that the names of the parameters stay
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    return chosen
+    return [_recomputing(module) for module in chosen]
 
 
-def stop(network: nn.Module, started: Sequence[nn.Module]) -> None:
-    for module in started:
-        able: Any = module
-        if module.__dict__.pop("forward", None) is None:
-            able.disable_gradient_checkpointing()
+def _recomputing(module: nn.Module) -> Callable[[], object]:
+    undo = forward_kept(module)
+    # on the object, so that the names of the parameters stay
+    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return undo
+
+
+def forward_kept(module: nn.Module) -> Callable[[], object]:
+    """What puts back the forward that the object has now, which may be that of its class."""
+    own = vars(module)
+    if "forward" in own:
+        return partial(own.__setitem__, "forward", own["forward"])
+    return partial(own.pop, "forward", None)
 
 
 def _able(network: nn.Module) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fastsample.denoiser import Count, Denoiser, Model
-from fastsample.grid import Grid, Node, Nodes, grid, per_sample
-from fastsample.prediction import EPS
+from fastsample.grid import Grid, Node, Nodes, per_sample
 from fastsample.spacing import Spacing, uniform_t
 from fastsample.tracing import Solver
-from fastsample.wrapper import remembers
 
 from . import draws
 from .boundary import boundary_of
-from .curriculum import Curriculum, Rate, Sampling, check_times, intervals, rate, sampling
+from .checking import check_pair, check_start, check_starts, warn_of_eps
+from .curriculum import Curriculum, Rate, Sampling, check_times, intervals, rate
 from .distances import Distance, distance, measured, pseudo_huber
 from .method import Batch, Method, asked, check_drop, conditions, dropped, plain, unwrapped
-from .teacher_step import TeacherSteps, ddim, solver_name, teacher_steps
+from .path import Path, counts_of, path, path_grid
+from .teacher_step import ddim, solver_name
 from .times import noisy
+from .weights import Weight, snr, snr_plus_one, truncated_snr
 
 __all__ = [
     "ConsistencyDistillation",
@@ -35,15 +35,14 @@ __all__ = [
     "check_starts",
     "pseudo_huber",
     "same_dropout",
+    "warn_of_eps",
 ]
-
-Weight = Callable[[Nodes], Tensor]  # of the distance, at the start s of each interval, [B]
 
 WEIGHTS: dict[str, Callable[[Nodes, Nodes], Tensor]] = {  # at the start s and the end t of each interval
     "uniform": lambda s, t: torch.ones_like(s.sigma),
-    "snr": lambda s, t: (s.alpha / s.sigma).square(),
-    "snr+1": lambda s, t: (s.alpha / s.sigma).square() + 1,
-    "truncated_snr": lambda s, t: (s.alpha / s.sigma).square().clamp(min=1),
+    "snr": lambda s, t: snr(s),
+    "snr+1": lambda s, t: snr_plus_one(s),
+    "truncated_snr": lambda s, t: truncated_snr(s),
     "interval": lambda s, t: 1 / (s.sigma / s.alpha - t.sigma / t.alpha),
 }
 
@@ -118,52 +117,6 @@ class Consistency(Method):
 
 
 @dataclass(frozen=True)
-class Path:
-    """A grid as tables of its intervals: the start and the end, [3, intervals] of t, alpha, sigma in float64."""
-
-    grid: Grid
-    starts: Tensor
-    ends: Tensor
-    reached: Tensor | None  # the probability of an interval and those before it; None: all the same
-    steps: TeacherSteps | None
-
-    def at(self, i: Tensor) -> tuple[Nodes, Nodes]:
-        """The nodes at the start and at the end of interval i [B] of each sample."""
-        s, t = (Nodes(*(row[i] for row in table.to(i.device))) for table in (self.starts, self.ends))
-        return s, t
-
-    def random(self, size: int, device: torch.device) -> Tensor:
-        """A random interval for each sample, [B]."""
-        if self.reached is None:
-            return draws.randint(len(self.grid), size, device=device)
-        u = draws.rand(size, device=device, dtype=torch.float64)
-        return torch.searchsorted(self.reached.to(device), u, right=True).clamp(max=len(self.grid) - 1)
-
-
-def path(grid: Grid, how: str | Sampling, solver: Solver | None = None) -> Path:
-    """Tables of a grid, with the steps of a teacher by a solver."""
-    rows = torch.tensor([[n.t, n.alpha, n.sigma] for n in grid.nodes], dtype=torch.float64).T
-    reached = None
-    if how != "uniform":
-        shares = torch.tensor(sampling(how)(grid), dtype=torch.float64)
-        if shares.shape != (len(grid),) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < float("inf"):
-            raise ValueError(
-                f"sampling must give {len(grid)} shares for {len(grid)} intervals, none negative and not all 0, got "
-                f"{shares.tolist()[:8]}"
-            )
-        reached = shares.cumsum(0) / shares.sum()
-    steps = None if solver is None else teacher_steps(solver, grid)
-    return Path(grid, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), reached, steps)
-
-
-def path_grid(student: Denoiser, count: int, spacing: Spacing) -> Grid:
-    """The grid of training: to sigma = 0, or to where the boundary of the student begins."""
-    boundary, schedule = boundary_of(student), student.schedule
-    end = None if boundary is None else boundary.end(schedule)
-    return grid(schedule, count, spacing, end=end if end is not None and end > schedule.t_zero else None)
-
-
-@dataclass(frozen=True)
 class ConsistencyDistillation(Consistency):
     """f(x_s, s) is to equal f(x_t, t), x_t being one step of the teacher from s to t, the next of `times`.
 
@@ -210,6 +163,7 @@ class ConsistencyDistillation(Consistency):
         for count in counts_of(self.times):
             self._path(count)
         check_starts(self.student, self.teacher, self.grid.nodes[0])
+        check_heard(self.weight, self.grid.nodes[0])
 
     @property
     def frozen(self) -> list[Denoiser]:
@@ -256,6 +210,15 @@ def check_weight(weight: str | Weight) -> None:
         raise ValueError(f"unknown weight {weight!r}; choose one of {', '.join(WEIGHTS)} or pass a function of Nodes")
 
 
+def check_heard(weight: str | Weight, first: Node) -> None:
+    """A weight that is 0 at alpha = 0 would leave the first interval, where one step begins, as it was."""
+    if first.alpha == 0 and weight in ("snr", "interval"):
+        raise ValueError(
+            f"weight {weight!r} is 0 at alpha = 0, where the times start (t = {first.t:g}), so nothing would be "
+            f"learned there; take weight='truncated_snr' or 'uniform', or a spacing that starts below"
+        )
+
+
 def check_target(target: str | float | Rate) -> None:
     if isinstance(target, str):
         if target != "student":
@@ -265,13 +228,6 @@ def check_target(target: str | float | Rate) -> None:
             )
         return
     rate(target, 0)
-
-
-def counts_of(times: int | Curriculum) -> list[int]:
-    """The numbers of intervals to look at before training: the first, and the last where the curriculum says it."""
-    if isinstance(times, int):
-        return [times]
-    return sorted({intervals(times, 0), *(times.counts() if hasattr(times, "counts") else ())})
 
 
 def _asked(s: Nodes, t: Nodes) -> Nodes:
@@ -292,46 +248,3 @@ def same_dropout(device: torch.device) -> Iterator[None]:
         yield
     if before is not None:
         torch.mps.set_rng_state(before)
-
-
-def check_starts(student: Denoiser, teacher: Model, first: Node) -> None:
-    """`check_start` of both; an eps student that can start is warned of. Called by __post_init__ of a method."""
-    check_start("student", student, first)
-    check_start("teacher", teacher, first)
-    warn_of_eps(student, first, stacklevel=5)
-
-
-def warn_of_eps(student: Denoiser, first: Node, *, stacklevel: int = 4) -> None:
-    """Warn of an eps student, whose x0 at the first step is a small number divided by alpha."""
-    if student.prediction is EPS:
-        warnings.warn(
-            f"the student predicts eps: x0 = (x - sigma eps) / alpha magnifies its errors by "
-            f"{first.sigma / first.alpha:.3g} at the first step, so one-step samples will be poor; take "
-            f"student_of(teacher, predicts='v') and train it by Conversion first",
-            stacklevel=stacklevel,
-        )
-
-
-def check_start(role: str, model: Model, first: Node) -> None:
-    """An eps network has no x0 at alpha = 0: one such sample makes the loss NaN."""
-    if first.alpha == 0 and any(denoiser.prediction is EPS for denoiser in asked(model)):
-        raise ValueError(
-            f"the {role} predicts eps, which says nothing of x0 at alpha = 0, where the times start (t = {first.t:g} "
-            f"of {model.schedule!r}); take a {role} that predicts v, x0 or flow, or a schedule that stays below"
-        )
-
-
-def check_pair(student: Denoiser, teacher: Model) -> None:
-    """A student and a teacher must speak of the same times, and not be one network; a teacher answers at any of them.
-
-    Raises ValueError, or TypeError where the teacher is neither a denoiser nor made of one.
-    """
-    if any(student.network is denoiser.network for denoiser in asked(teacher)):
-        raise ValueError("student and teacher are one network; make a copy: student_of(teacher, predicts='v')")
-    if student.schedule != teacher.schedule:
-        raise ValueError(f"the student's schedule {student.schedule!r} is not the teacher's {teacher.schedule!r}")
-    if remembers(teacher):
-        raise ValueError(
-            f"the teacher remembers earlier evaluations ({type(teacher).__name__}), so it answers only within a run; "
-            f"take one that does not, such as fs.Guided(..., reuse=1)"
-        )

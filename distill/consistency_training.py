@@ -15,22 +15,14 @@ from fastsample.spacing import Spacing, karras
 
 from . import draws
 from .boundary import boundary_of
-from .consistency import (
-    Consistency,
-    Path,
-    Weight,
-    check_start,
-    check_weight,
-    counts_of,
-    path,
-    path_grid,
-    warn_of_eps,
-    weighed,
-)
+from .checking import check_start, warn_of_eps
+from .consistency import Consistency, check_heard, check_weight, weighed
 from .curriculum import Curriculum, Doubling, Matched, Sampling, SquareRoot, check_times, intervals
 from .distances import Distance
 from .method import Batch, conditions, dropped
+from .path import Path, counts_of, path, path_grid
 from .times import noisy
+from .weights import Weight
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,7 @@ class ConsistencyTraining(Consistency):
         for count in counts_of(self.times):
             self._path(count)
         check_start("student", self.student, self.grid_at(0).nodes[0])
+        check_heard(self.weight, self.grid_at(0).nodes[0])
         warn_of_eps(self.student, self.grid_at(0).nodes[0])
 
     @classmethod
@@ -119,7 +112,7 @@ class EasyConsistencyTuning(Consistency):
     k, b: of n(t), at most q - 1 and positive: how much larger 1 - r / t is where there is little noise.
     mean, std: of ln t, before it is cut off at the ends of the schedule.
     distance, target, drop, null: as for `ConsistencyDistillation`. The papers' adaptive weight
-        1 / sqrt(|a - b|^2 + c^2) times a squared distance has the gradient of the pseudo-Huber distance.
+        1 / sqrt(|a - b|^2 + c^2) times a squared distance has twice the gradient of the pseudo-Huber distance.
     """
 
     every: int = field(kw_only=True)

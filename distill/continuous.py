@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import Node, node, nodes, per_sample
+from fastsample.wrapper import remembers
 
 from . import draws
 from .boundary import boundary_of
@@ -39,13 +40,20 @@ class ContinuousConsistency(Method):
     written by. So f(x, sigma = 0) is x, and it is sampled like any consistency model. Where alpha ends in 0, levels
     sigma / alpha stop at 1e4.
 
+    Fast sines of the time in a network, as of an index to 1000, make dF/dt so large that it drowns what is learned
+    (their Sec. 4.1): the digits network, told an index, learned nothing in 1000 updates, and a toy in the plane told
+    sin(128 t / 1000) little, where one told sines of arctan(sigma / alpha) reached its teacher. So take a student that
+    is told t itself, `fs.Denoiser(network, fs.TrigFlow(), "v")`, and train it by `Diffusion` first.
+
     student: predicts v, flow or x0; start it from the diffusion model, see `student_of` and `Conversion`. Its times
         must be continuous: VP networks are asked between their indices.
-    teacher: gives dx/dt (sCD); None: data and noise do (sCT). Any schedule; it may be guided.
+    teacher: gives dx/dt (sCD); None: data and noise do (sCT). Any schedule, asked no farther than that reaches; it may
+        be guided.
     sigma_data: sd, the standard deviation of the data.
     mean, std: of ln(sigma / alpha), normal. Theirs are -1 and 1.4 for CIFAR-10.
     warmup: steps until r is 1; 0 begins there.
-    c: of the normalisation; None leaves it out.
+    c: of the normalisation; None leaves it out, which is better in few dimensions: there the mean of normalised
+        tangents may vanish elsewhere than their mean.
     weight: "adaptive" trains w(t) with the student, "uniform" has w = 0.
     tangent: "jvp", by forward-mode differentiation, or "finite_difference", central, of two more evaluations and less
         exact, for networks that have no such derivative.
@@ -81,12 +89,10 @@ class ContinuousConsistency(Method):
         _check_choice("tangent", self.tangent, ("jvp", "finite_difference"))
         if boundary_of(self.student) is not None:
             raise ValueError("the student has a boundary, which sCM does not need: its x0 is f; take it without")
-        if self.teacher is not None and any(self.student.network is one.network for one in asked(self.teacher)):
-            raise ValueError("student and teacher are one network; make a copy: student_of(teacher, predicts='v')")
         first = _last_asked(self.student)
         check_start("student", self.student, first)
         if self.teacher is not None:
-            check_start("teacher", self.teacher, _last_asked(self.teacher))
+            check_teacher(self.student, self.teacher)
         warn_of_eps(self.student, first)
 
     @property
@@ -117,7 +123,7 @@ class ContinuousConsistency(Method):
             rate = min(1.0, step / self.warmup) if self.warmup else 1.0
             g = self.tangents(x, t, velocity, rate, condition)
         found = trig_network(self.student, x, t, self.sigma_data, condition)
-        error = (found - found.detach() - g).flatten(1).square().mean(1)
+        error: Tensor = (found - found.detach() - g).flatten(1).square().mean(1)
         if self.weight == "uniform":
             return error.mean()
         w = self.adaptive(t.tan().log())
@@ -132,9 +138,9 @@ class ContinuousConsistency(Method):
     def velocity(self, x: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         """dx/dt of the teacher at x [B, ...] of TrigFlow, t [B]."""
         assert self.teacher is not None
-        sd = self.sigma_data
-        x0 = x0_within(self.teacher, x, t.cos(), sd * t.tan(), condition)
-        return (per_sample(t.cos(), x) * x - x0) / per_sample(t.sin(), x)
+        x0, eps = x0_and_eps(self.teacher, x, t.cos(), self.sigma_data * t.tan(), condition)
+        moved: Tensor = per_sample(self.sigma_data * t.cos(), x) * eps - per_sample(t.sin(), x) * x0
+        return moved
 
     def tangents(self, x: Tensor, t: Tensor, velocity: Tensor, rate: float, condition: Mapping[str, Any]) -> Tensor:
         """g / (|g| + c) of each sample, without gradient."""
@@ -160,7 +166,8 @@ class ContinuousConsistency(Method):
         if self.c is None:
             return g
         size = g.flatten(1).norm(dim=1)
-        return g / per_sample(size + self.c, g)
+        normalised: Tensor = g / per_sample(size + self.c, g)
+        return normalised
 
 
 class AdaptiveWeight(nn.Module):
@@ -194,14 +201,18 @@ def x0_at(model: Model, x: Tensor, alpha: Tensor, level: Tensor, condition: Mapp
     return model.predict(per_sample(at.alpha / alpha, x) * x, at, **condition)
 
 
-def x0_within(model: Model, x: Tensor, alpha: Tensor, level: Tensor, condition: Mapping[str, Any]) -> Tensor:
-    """`x0_at`, at the nearest level that the model was trained at.
+def x0_and_eps(
+    model: Model, x: Tensor, alpha: Tensor, level: Tensor, condition: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What a model holds x = alpha (x0 + level eps) to be made of, at the nearest level that it was trained at.
 
     Beyond the largest, x is scaled down to the noise there: the data in it was next to nothing.
     """
     low, high = levels(model)
     near = level.clamp(low, high)
-    return x0_at(model, per_sample((high / level).clamp(max=1.0), x) * x, alpha, near, condition)
+    seen = per_sample((high / level).clamp(max=1.0), x) * x
+    x0 = x0_at(model, seen, alpha, near, condition)
+    return x0, (seen / per_sample(alpha, x) - x0) / per_sample(near, x)
 
 
 def trig_network(model: Model, x: Tensor, t: Tensor, sigma_data: float, condition: Mapping[str, Any]) -> Tensor:
@@ -229,7 +240,7 @@ def derivative(
         )
     try:
         with sdpa_kernel(SDPBackend.MATH), _ContiguousNorms():
-            found: tuple[Tensor, Tensor] = torch.func.jvp(function, at, along)
+            found: Any = torch.func.jvp(function, at, along)
     except (NotImplementedError, RuntimeError) as error:
         said = str(error).lower()
         if not isinstance(error, NotImplementedError) and not any(
@@ -259,6 +270,21 @@ def levels(model: Model) -> tuple[float, float]:
     """The least and the largest sigma / alpha to train a model at."""
     low, high = (math.exp(-float(model.schedule.lam(t))) for t in (model.schedule.t_min, model.schedule.t_max))
     return low, min(high, LARGEST)
+
+
+def check_teacher(student: Denoiser, teacher: Model) -> None:
+    """A teacher of any schedule, which must answer at any of its times.
+
+    Raises ValueError, or TypeError where the teacher is neither a denoiser nor made of one.
+    """
+    if any(student.network is one.network for one in asked(teacher)):
+        raise ValueError("student and teacher are one network; make a copy: student_of(teacher, predicts='v')")
+    if remembers(teacher):
+        raise ValueError(
+            f"the teacher remembers earlier evaluations ({type(teacher).__name__}), so it answers only within a run; "
+            f"take one that does not, such as fs.Guided(..., reuse=1)"
+        )
+    check_start("teacher", teacher, _last_asked(teacher))
 
 
 def _last_asked(model: Model) -> Node:

@@ -6,6 +6,7 @@ An eps network gives no usable x0 at the noisiest times, where one step must beg
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from fastsample.prediction import Prediction
 from fastsample.wrapper import Wrapper
 
 from . import draws
-from .consistency import check_pair, check_start
+from .checking import check_pair, check_start
 from .method import Batch, Method, asked, check_drop, conditions, dropped
 from .scale import Scales, at_scale
 from .times import noisy, random_nodes
@@ -52,7 +53,7 @@ class Conversion(Method):
     teacher: may be guided; the student then learns to say alone what the two evaluations of guidance say, at the
         teacher's scale or at any of `scales`. Meng et al. 2023, arXiv:2210.03142, Sec. 3.1.
     limit: the teacher's x0 is clipped to [-limit, limit]; of an eps teacher it may be far outside at noisy times.
-        math.inf clips none, as latents need, which have no such range.
+        math.inf clips none, as latents need, which have no such range: data beyond the limit are refused.
     scales: guidance scales in place of the teacher's own, one drawn for each sample, that the student is told.
     drop, null: as for `Diffusion`.
     """
@@ -83,6 +84,7 @@ class Conversion(Method):
 
     def loss(self, role: str, batch: Batch, step: int) -> Tensor:
         data = batch["x0"]
+        check_limit(data, self.limit)
         at = random_nodes(self.student.schedule, len(data), data.device)
         x = noisy(data, draws.randn_like(data), at)
         condition = dropped(conditions(batch), self.null, self.drop)
@@ -92,6 +94,16 @@ class Conversion(Method):
         p, q = self.student.prediction.output(at.alpha, at.sigma)
         target = per_sample(p, x) * x + per_sample(q, x) * x0
         return (self.student.output(x, at, **condition, **told) - target).square().mean()
+
+
+def check_limit(data: Tensor, limit: float) -> None:
+    """What the data themselves exceed must not bound what the teacher says of them."""
+    most = 0.0 if limit == math.inf else float(data.detach().abs().max())
+    if most > 1.001 * limit:
+        raise ValueError(
+            f"x0 of the batch reaches {most:.3g}, but Conversion clips what the teacher says of it to "
+            f"limit = {limit:g}; latents have no such range: pass limit=math.inf"
+        )
 
 
 def told_scales(teacher: Model, scales: Scales | None, data: Tensor) -> tuple[Model, Batch, Batch]:

@@ -8,6 +8,7 @@ is `Batches`, another `Drawn`, or a DataLoader over a data set with indices.
 from __future__ import annotations
 
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, Subset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from fastsample.noise import mix
@@ -72,6 +73,10 @@ class Batches(Drawn):
         bounded: bool = True,
     ):
         condition = dict(condition or {})
+        for key, value in {"x0": x0, **condition}.items():
+            if not isinstance(value, Tensor) or not value.dim():
+                got = "one number" if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{key!r} must be a tensor with a row for each image, got {got}; use torch.as_tensor")
         wrong = [key for key, value in condition.items() if len(value) != len(x0)]
         if wrong:
             raise ValueError(f"condition {wrong[0]!r} has {len(condition[wrong[0]])} rows for {len(x0)} images")
@@ -133,7 +138,7 @@ class Stream:
     rank, world: this process, and how many there are: it gets its rows of each batch. torch's, numpy's and Python's
     generators are seeded, so random transforms go on as they would have. In a DataLoader over a data set with indices
     they are seeded for each item, so that its transforms depend neither on the workers nor on the processes. What is
-    drawn for a batch at once does: in a `collate_fn`, or in `__getitems__` of the data set.
+    drawn for a batch at once does: in a `collate_fn`, or in the data set's own `__getitems__`.
     """
 
     loader: Iterable[Batch]
@@ -206,6 +211,12 @@ def check_images(x0: Tensor, *, bounded: bool = True) -> None:
         )
     if x0.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"images must be float32 (or float64), got {x0.dtype}; call .float()")
+    if bounded and low >= 0 < high:
+        warnings.warn(
+            f"images are expected in [-1, 1] and the first batch lies in [{low:g}, {high:g}]; where it was made for "
+            f"[0, 1], as by torchvision's ToTensor, give 2 * x - 1",
+            stacklevel=2,
+        )
 
 
 Shard = Callable[[int, int, int], Iterator[Part]]  # (seed, epoch, used) -> the parts of an epoch after those used
@@ -293,16 +304,22 @@ class _Items(Dataset[Any]):
         self.dataset = dataset
 
     def __getitems__(self, rows: Sequence[tuple[Any, int]]) -> Any:
-        together = getattr(self.dataset, "__getitems__", None)
-        if together:
+        if hasattr(_whole(self.dataset), "__getitems__"):
             _seed(rows[0][1])
-            return together([index for index, _ in rows])
+            return self.dataset.__getitems__([index for index, _ in rows])
         return [self[row] for row in rows]
 
     def __getitem__(self, row: tuple[Any, int]) -> Any:
         index, seed = row
         _seed(seed)
         return self.dataset[index]
+
+
+def _whole(dataset: Any) -> Any:
+    """What a subset is of: torch's `Subset` gets many items at once, one after another where the whole cannot."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
 
 
 def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
@@ -388,6 +405,11 @@ def _check_loader(loader: Iterable[Batch]) -> None:
         raise ValueError(
             "the loader has a generator of its own, whose state no checkpoint holds; leave it out: train seeds the "
             "order of the data by its own seed"
+        )
+    if loader.persistent_workers and not _by_index(loader):
+        raise ValueError(
+            "the loader streams with persistent_workers=True: its workers keep their random numbers from one epoch to "
+            "the next, and no checkpoint holds those; leave it out"
         )
     if loader.num_workers and not getattr(loader, "in_order", True):
         raise ValueError("the loader has in_order=False, so no two runs see the same order of batches; leave it out")

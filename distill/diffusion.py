@@ -15,9 +15,8 @@ from fastsample.grid import Nodes, nodes, per_sample
 from . import draws
 from .importance import Importance, LossMemory
 from .method import Batch, Method, check_drop, conditions, dropped
-from .progressive import Weight
 from .times import Times, distribution, noisy, random_nodes
-from .weights import check_weight, of_output, weight_of
+from .weights import Weight, check_weight, of_output, weight_of
 
 
 @dataclass(frozen=True)

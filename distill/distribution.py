@@ -22,8 +22,8 @@ from . import draws
 from .consistency import check_pair, check_starts
 from .discriminator import Discriminator, critic_loss, student_loss
 from .method import Batch, Method, asked, check_drop, conditions, dropped, plain
-from .progressive import Weight
 from .times import noisy, random_nodes
+from .weights import Weight
 
 
 def alike(at: Nodes) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastsample.adapters.pretrained import FORMS, Form
 from fastsample.denoiser import Denoiser, Model, TimeOf, _rows
-from fastsample.grid import Grid, Node, Nodes, node, nodes, per_sample
+from fastsample.grid import Grid, Node, Nodes, nodes, per_sample
 from fastsample.noise import Noise
 from fastsample.schedule import Flow, Schedule
 
 from . import draws
-from .consistency import check_start, same_dropout
-from .continuous import derivative, levels, x0_within
+from .consistency import same_dropout
+from .continuous import check_teacher, derivative, x0_and_eps
 from .method import Batch, Method, asked, check_drop, conditions, dropped, plain
 from .times import noisy
 
@@ -32,7 +32,7 @@ class FlowMap(Denoiser):
     schedule: an `fs.Flow`, shifted or not.
 
     As a model it is its jump to sigma = 0, so one step of any solver and `solvers.consistency` sample it;
-    `sample_flow_map` jumps from node to node.
+    `sample_flow_map` jumps from node to node. `fs.save_pretrained` and `fs.from_pretrained` know it.
     """
 
     def __init__(
@@ -130,9 +130,7 @@ class MeanFlow(Method):
                 f"itself: fs.Guided(teacher, ...)"
             )
         if self.teacher is not None:
-            schedule = self.teacher.schedule
-            last = node(schedule, float(schedule.time(-math.log(levels(self.teacher)[1]))))
-            check_start("teacher", self.teacher, last)
+            check_teacher(self.student, self.teacher)
 
     @property
     def roles(self) -> dict[str, Denoiser]:
@@ -167,23 +165,27 @@ class MeanFlow(Method):
         model = plain(self.student)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return model.velocity(x, self.nodes(t), self.nodes(r), **condition)
+            found: Tensor = model.velocity(x, self.nodes(t), self.nodes(r), **condition)
+            return found
 
         with torch.no_grad(), same_dropout(x.device):
             _, change = derivative(network, (x, t), (velocity, torch.ones_like(t)), model.network)
-        return velocity - per_sample(t - r, x) * change
+        target: Tensor = velocity - per_sample(t - r, x) * change
+        return target
 
     @torch.no_grad()
     def _velocity(self, x: Tensor, t: Tensor, drawn: Tensor, condition: Batch) -> Tensor:
         if self.teacher is not None:
-            return (x - x0_within(self.teacher, x, 1 - t, t / (1 - t), condition)) / per_sample(t, x)
+            x0, eps = x0_and_eps(self.teacher, x, 1 - t, t / (1 - t), condition)
+            return eps - x0
         if self.scale == 1:
             return drawn
         nothing = {**condition, **{key: _filled(condition[key], value) for key, value in self.null.items()}}
         at = self.nodes(t)
         with same_dropout(x.device):
             uncond = plain(self.student).velocity(x, at, at, **nothing)
-        return self.scale * drawn + (1 - self.scale) * uncond
+        guided: Tensor = self.scale * drawn + (1 - self.scale) * uncond
+        return guided
 
 
 def _filled(condition: Tensor, null: float | Tensor) -> Tensor:

@@ -25,12 +25,15 @@ from fastsample.wrapper import Wrapper, altered
 
 from . import draws
 from .boundary import Bounded, LCMBoundary
-from .consistency import Consistency, Path, Weight, check_pair, check_start, check_weight, path, weighed
+from .checking import check_pair, check_start
+from .consistency import Consistency, check_heard, check_weight, weighed
 from .distances import Distance
 from .method import Batch, asked, conditions, described, dropped
+from .path import Path, path
 from .scale import Scales, at_scale
 from .teacher_step import ddim
 from .times import noisy
+from .weights import Weight
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class LatentConsistency(Consistency):
         check_weight(self.weight)
         check_start("student", self.student, self.grid.nodes[0])
         check_start("teacher", self.teacher, self.grid.nodes[0])
+        check_heard(self.weight, self.grid.nodes[0])
         if self.scales is not None:
             at_scale(self.teacher, torch.ones(1))
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from fastsample import files
 
+from .checkpoint import finite
+
 LOG = "log.jsonl"
 
 
@@ -32,7 +34,9 @@ class Log:
         self.every, self.losses, self.begin = every, dict[str, list[float]](), time.monotonic()
         self.tracker = tracker
         if tracker is not None:
-            tracker.init_trackers("fastsample", config=flat(configuration or {}))
+            # of what is done again, TensorBoard then forgets the first time
+            own = {"tensorboard": {"purge_step": done + 1}} if done else {}
+            tracker.init_trackers("fastsample", config=flat(configuration or {}), init_kwargs=own)
         self.file = None
         if folder is not None:
             for left in folder.glob(f".{LOG}.*"):  # by a run that was killed
@@ -55,11 +59,11 @@ class Log:
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         if values:
-            self._tell(step, {"evaluation": {key: float(value) for key, value in values.items()}})
+            self._tell(step, {"evaluation": dict(values)})
 
     def _tell(self, step: int, line: Mapping[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps({"step": step + 1, **line}) + "\n")
+            self.file.write(json.dumps(finite({"step": step + 1, **line}), allow_nan=False) + "\n")
             self.file.flush()
         if self.tracker is not None:
             self.tracker.log(flat(line), step=step + 1)

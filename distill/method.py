@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastsample.wrapper import Wrapper
 
 from . import draws
 
+D = TypeVar("D", bound=Denoiser)
 Batch = dict[str, Tensor]  # "x0": images [B, ...] in [-1, 1]; the other keys are the network's conditions
 
 
@@ -113,7 +114,7 @@ def _fields(wrapper: Wrapper) -> dict[str, Any]:
     return {field.name: getattr(wrapper, field.name) for field in dataclasses.fields(wrapper) if field.init}
 
 
-def plain(model: Denoiser) -> Denoiser:
+def plain(model: D) -> D:
     """The same denoiser without what training wraps its network in (DDP, torch.compile): for work without gradients,
     for `torch.func` and for `after`. Gradients through it would not be averaged over the processes.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ def accelerator_of(precision: str | None, trackers: Sequence[str], out: str | Pa
     """An accelerator of its own precision: by itself, accelerate keeps that of the first run of a process."""
     try:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
+        from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import DistributedType
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'fastsample[train]'") from error
     if trackers and out is None:
         raise ValueError(f"trackers ({', '.join(trackers)}) need a folder to write to; give out='runs/one'")
-    shared = AcceleratorState._shared_state
-    before = dict(shared)
-    shared.clear()
+    shared = [AcceleratorState._shared_state, GradientState._shared_state]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
     try:
         accelerator = Accelerator(mixed_precision=precision, log_with=_available(trackers), project_dir=out)
         kind = accelerator.distributed_type
@@ -34,6 +35,16 @@ def accelerator_of(precision: str | None, trackers: Sequence[str], out: str | Pa
             raise ValueError(
                 "train knows FSDP 2, and was started under FSDP 1; set fsdp_version: 2 (accelerate config)"
             )
+        if kind == DistributedType.FSDP and accelerator.state.fsdp_plugin.activation_checkpointing:
+            raise ValueError(
+                "FSDP was told to checkpoint activations, which renames the weights; set "
+                "fsdp_activation_checkpointing: false (accelerate config), and pass checkpointing to train"
+            )
+        if (number := accelerator.gradient_accumulation_steps) != 1:
+            raise ValueError(
+                f"accelerate was told to accumulate the gradients of {number} steps; leave that out (accelerate "
+                f"config), and pass accumulate={number} to train"
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != accelerator.num_processes:
             raise ValueError(
@@ -42,8 +53,9 @@ def accelerator_of(precision: str | None, trackers: Sequence[str], out: str | Pa
             )
         yield accelerator
     finally:
-        shared.clear()
-        shared.update(before)
+        for state, kept in zip(shared, before, strict=True):
+            state.clear()
+            state.update(kept)
 
 
 def _available(trackers: Sequence[str]) -> list[str] | None:
@@ -91,3 +103,14 @@ def summed(accelerator: Any, value: torch.Tensor) -> torch.Tensor:
     """The sum over the processes, on all."""
     found: torch.Tensor = accelerator.reduce(value, reduction="sum") if accelerator.num_processes > 1 else value
     return found
+
+
+@torch.no_grad()
+def spread(accelerator: Any, tensors: Iterable[torch.Tensor]) -> None:
+    """Give all processes the first one's values."""
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import broadcast
+
+    for value in tensors:
+        value.copy_(broadcast(value.detach().clone(memory_format=torch.contiguous_format)))

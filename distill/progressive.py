@@ -24,28 +24,15 @@ from fastsample.schedule import Schedule
 from fastsample.spacing import Spacing, uniform_t
 
 from . import draws
-from .consistency import check_pair, check_starts
+from .checking import check_pair, check_starts
 from .conversion import Conversion, student_of, told_scales
 from .method import Batch, Method, asked, check_drop, conditions, dropped
 from .scale import Embedded, Scales, scaled_student
 from .times import ddim_step, noisy
 from .trainer import train
+from .weights import Weight, weight_of
 
 MAGNIFIED = 100  # times an error of eps at the first node: the built-in digits have 15, DDPM's linear betas 157
-Weight = Callable[[Nodes], Tensor]  # of the squared error of x0 at these nodes, [B]
-
-
-def truncated_snr(at: Nodes) -> Tensor:
-    """max(SNR, 1): the larger of the squared errors of x0 and of eps. Salimans and Ho 2022, Sec. 4."""
-    return (at.alpha / at.sigma).square().clamp(min=1)
-
-
-def snr_plus_one(at: Nodes) -> Tensor:
-    """SNR + 1: the squared error of v where alpha^2 + sigma^2 = 1. Salimans and Ho 2022, Sec. 4."""
-    return (at.alpha / at.sigma).square() + 1
-
-
-WEIGHTS: dict[str, Weight] = {"truncated_snr": truncated_snr, "snr+1": snr_plus_one}
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,8 @@ class ProgressiveDistillation(Method):
         the conditions of the batches join it.
     steps, spacing: the student's grid. The teacher walks twice the steps, and every second of its nodes must be one
         of the student's, as with equal steps in t, in lam or in a power of t. Sample by DDIM on `grid`.
-    weight: "truncated_snr", "snr+1" or a function Nodes -> [B], of the squared error of x0.
+    weight: "truncated_snr", "snr+1", another of those of `Diffusion`, or a function Nodes -> [B], of the squared error
+        of x0.
     scales: guidance scales, one drawn for each sample, that the student is told; a guided teacher has them in place of
         its own, any other is told them too. Meng et al. 2023, arXiv:2210.03142, Sec. 3.2.
     drop, null: as for `Diffusion`, so that the student knows "no condition" too.
@@ -81,7 +69,7 @@ class ProgressiveDistillation(Method):
     def __post_init__(self) -> None:
         check_drop(self.drop, self.null)
         check_pair(self.student, self.teacher)
-        check_weight(self.weight)
+        weight_of(self.weight)
         check_starts(self.student, self.teacher, self.finer.nodes[0])
         check_magnified(self.teacher, self.finer.nodes[0])
 
@@ -111,8 +99,7 @@ class ProgressiveDistillation(Method):
         condition = dropped(conditions(batch), self.null, self.drop)
         teacher, taught, told = told_scales(self.teacher, self.scales, data)
         error = self.student.predict(x, s, **condition, **told) - self._target(teacher, x, i, {**condition, **taught})
-        weight = WEIGHTS[self.weight] if isinstance(self.weight, str) else self.weight
-        return (weight(s).to(error) * error.square().flatten(1).mean(1)).mean()
+        return (weight_of(self.weight)(s).to(error) * error.square().flatten(1).mean(1)).mean()
 
     def target(self, x: Tensor, i: Tensor, **condition: Any) -> Tensor:
         """The x0 whose one step from x, over interval i of the student, ends where two of the teacher end.
@@ -153,6 +140,7 @@ def progressive(
     rounds: Sequence[int] = (16, 8, 4, 2, 1),
     student: Denoiser | None = None,
     conversion: int = 1000,
+    limit: float = 1.0,
     spacing: Spacing = uniform_t,
     weight: str | Weight = "truncated_snr",
     scales: Scales | None = None,
@@ -175,6 +163,7 @@ def progressive(
         with scales that are told as `timestep_cond`, has a projection for them (`scaled_student`).
     conversion: updates of `Conversion` before the first round, which are done where the student is given, the teacher
         is guided or it predicts eps: then the student does not yet say what the teacher says. 0 leaves them out.
+    limit: of the conversion; math.inf for latents.
     spacing, weight, scales, drop, null: as for `ProgressiveDistillation`. With scales the teacher is guided, at those
         in place of its own; sample the student at one by condition={..., **scales.told(scale, batch)}.
     out: a folder with one for each round in it, steps-16, steps-8, ..., and conversion; None writes nothing. The same
@@ -186,7 +175,7 @@ def progressive(
     """
     counts = _updates(updates, rounds)
     check_rounds(rounds)
-    check_weight(weight)
+    weight_of(weight)
     for steps in rounds:
         halved(teacher.schedule, steps, spacing)
     if save and out is None:
@@ -196,7 +185,7 @@ def progressive(
     if student is None:
         student = _copy(first, scales)
     if conversion and not copied:
-        convert = Conversion(student, teacher, scales=scales, drop=drop, null=null)
+        convert = Conversion(student, teacher, limit=limit, scales=scales, drop=drop, null=null)
         train(convert, loader, steps=conversion, out=_inside(out, "conversion"), seed=seed, **options)
     for k, (steps, count) in enumerate(zip(rounds, counts), 1):
         method = ProgressiveDistillation(
@@ -251,11 +240,6 @@ def check_rounds(rounds: Sequence[int]) -> None:
                 f"each round must halve the steps of the one before, got {now} after {before} in {tuple(rounds)}; "
                 f"begin with a power of two, such as (16, 8, 4, 2, 1)"
             )
-
-
-def check_weight(weight: str | Weight) -> None:
-    if isinstance(weight, str) and weight not in WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r}; choose one of {', '.join(WEIGHTS)} or pass a function of Nodes")
 
 
 def _updates(updates: int | Sequence[int], rounds: Sequence[int]) -> list[int]:

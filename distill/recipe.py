@@ -24,6 +24,7 @@ What every key means stands in docs/distillation.md. Paths are relative to the f
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +35,13 @@ from fastsample import checks as check
 from fastsample import toml
 from fastsample.checks import Check
 from fastsample.prediction import PREDICTIONS
-from fastsample.spacing import SPACINGS
 from fastsample.tracing import Solver
 
 from .boundary import BOUNDARIES
-from .options import schedule_of
+from .options import optimizer_of, schedule_of
 from .progressive import check_rounds
 from .recipe_data import SOURCES
-from .recipe_keys import METHODS, Made, keys_of, keys_of_method, needed, used, written
+from .recipe_keys import METHODS, keys_of, keys_of_method, needed, spacing, written
 
 CONFIGS = Path(__file__).parent / "configs"
 TOP = "the top of the file"
@@ -286,6 +286,8 @@ def _plan(body: Any, solvers: Mapping[str, Solver]) -> dict[str, Any]:
         if key not in given:
             raise ValueError(f'[plan] lacks {key}; it needs one, such as solver = "ddim" and steps = 1')
     check.all_known([given["solver"]], solvers, "solver in [plan]")
+    options = list(inspect.signature(solvers[given["solver"]]).parameters)[3:]  # behind model, x and grid
+    check.all_known(given.get("options", {}), options, f"option of {given['solver']} in [plan]")
     if "skipping" in given and "spacing" in given:
         raise ValueError("[plan] has a spacing and skipping, which is one; give the one or the other")
     return given
@@ -322,15 +324,26 @@ def _decays(value: Any, where: str) -> Any:
     return tuple(check.number(one, where) for one in value) if isinstance(value, list) else check.number(value, where)
 
 
+def _dropout(value: Any, where: str) -> float:
+    if not 0 <= check.number(value, where) < 1:
+        raise ValueError(f"{where} is a share of at least 0 and below 1, got {value!r}")
+    return float(value)
+
+
 def _clip(value: Any, where: str) -> float:
     return value if value == math.inf else float(check.share(value, where))
 
 
 def _optimizer(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        check.word(value.get("name"), f"name of {where}")
-        return value
-    return check.word(value, where)
+    settings = {**value} if isinstance(value, dict) else {"name": value}
+    name = check.word(settings.pop("name", None), f"name of {where}" if isinstance(value, dict) else where)
+    try:
+        made: Any = optimizer_of(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    known = [key for key in inspect.signature(made).parameters if key not in ("params", "lr")]
+    check.all_known(settings, known, f"setting of {name}, {where}")
+    return value
 
 
 def _schedule(value: Any, where: str) -> str:
@@ -403,6 +416,7 @@ STUDENT: dict[str, Check] = {
     "predicts": check.among(PREDICTIONS),
     "boundary": _boundary,
     "scale_size": check.whole(2),
+    "dropout": _dropout,
     "lora": _table({"rank": check.whole(1), "alpha": check.share, "targets": _words, "seed": check.whole(0)}),
 }
 TRAIN: dict[str, Check] = {
@@ -426,7 +440,7 @@ FREE = ("accumulate", "compiled", "checkpointing", "save_every", "keep", "log_ev
 PLAN: dict[str, Check] = {
     "solver": check.word,
     "steps": check.whole(1),
-    "spacing": check.among(SPACINGS),
+    "spacing": spacing,
     "skipping": check.whole(1),
     "options": check.mapping(check.anything),
     "end": check.number,
@@ -438,5 +452,3 @@ EVALUATE: dict[str, Check] = {
     "measure": check.word,
     "reference": check.word,
 }
-
-__all__ = ["Made", "Recipe", "Stage", "built_in", "find", "read_recipe", "used"]

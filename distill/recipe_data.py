@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from fastsample.denoiser import Model
 from fastsample.grid import grid
 from fastsample.plan import Plan
+from fastsample.sampling import check_fit
 from fastsample.spacing import Spacing, uniform_t
 from fastsample.tracing import Solver, trace
 from fastsample.zoo.data import digits as built_in_digits
@@ -76,13 +80,26 @@ def pairs(
     size: int = 128,
     clip: float = 1.0,
 ) -> Loader:
-    """Noises and what the teacher makes of them, made once into the folder pairs of the run: for reflow."""
-    if out is None:
-        raise ValueError("data of pairs are files; the run needs a folder: give --out, or out at the top of the recipe")
+    """Noises and what the teacher makes of them, made once into the folder pairs of the run: for reflow.
+
+    out: None makes none; one batch of zeros has their shapes.
+    """
     plan = _plan(teacher, solvers, solver, steps, spacing)
-    condition = None if classes is None else {"class_labels": torch.arange(count) % classes}
-    folder = make_pairs(teacher, plan, out / "pairs", shape=shape, count=count, condition=condition, clip=clip)
-    return Pairs(folder, size=size)
+    if plan.stochastic:
+        raise ValueError(f"{plan.solver} in [data] adds noise, and pairs need a plan that does not, such as ddim")
+    condition = {} if classes is None else {"class_labels": torch.arange(count) % classes}
+    if out is None:
+        check_fit(teacher, plan)
+        zeros = torch.zeros(min(size, count), *shape)
+        return [{"x0": zeros, "noise": zeros, **{key: value[: len(zeros)] for key, value in condition.items()}}]
+    folder = out / "pairs"
+    if first_process():
+        make_pairs(teacher, plan, folder, shape=shape, count=count, condition=condition, clip=clip)
+        return Pairs(folder, size=size)
+    while True:  # not by a barrier: making them takes longer than processes wait for each other there
+        with suppress(FileNotFoundError, ValueError):  # not begun, or not finished; where it fails the launcher ends us
+            return Pairs(folder, size=size)
+        time.sleep(1)
 
 
 SOURCES: dict[str, Callable[..., Loader]] = {
@@ -94,6 +111,11 @@ SOURCES: dict[str, Callable[..., Loader]] = {
     "pairs": pairs,
     "teacher_samples": teacher_samples,
 }
+
+
+def first_process() -> bool:
+    """Whether this process speaks and writes; the others work under the same launcher."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def tensors(file: str | Path) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from fastsample import checks as check
 from fastsample.checks import Check
-from fastsample.spacing import SPACINGS, Spacing
+from fastsample.spacing import SPACINGS, Spacing, power_t
 from fastsample.tracing import Solver
 
 from .consistency import ConsistencyDistillation
@@ -113,7 +114,9 @@ def written(value: Any) -> Any:
         return value.written
     if isinstance(value, Mapping):
         return {key: written(one) for key, one in value.items()}
-    return [written(one) for one in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [written(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no infinity
 
 
 def used(value: Any) -> Any:
@@ -123,12 +126,19 @@ def used(value: Any) -> Any:
     return {key: used(one) for key, one in value.items()} if isinstance(value, Mapping) else value
 
 
+def spacing(value: Any, where: str) -> Made:
+    """One of the spacings by name, or { name = "power_t", rho = 1.5 }."""
+    if isinstance(value, dict):
+        return _part({"power_t": power_t}, {})(value, where)
+    return _named(SPACINGS)(value, where)
+
+
 def _check(hint: Any, name: str, solvers: Mapping[str, Solver]) -> Check | None:
-    simple: dict[Any, Check] = {int: check.whole(0), float: check.number, bool: check.flag, str: check.word}
+    simple: dict[Any, Check] = {int: check.whole(0), float: _real, bool: check.flag, str: check.word}
     if hint in simple:
         return simple[hint]
     if hint == Spacing:
-        return _named(SPACINGS)
+        return spacing
     if hint == Solver:
         return _named(solvers)
     if hint is Any:
@@ -150,6 +160,11 @@ def _check(hint: Any, name: str, solvers: Mapping[str, Solver]) -> Check | None:
     if origin is not None and callable(origin):  # a function: those that a table can name
         return _part(PARTS, solvers)
     return None
+
+
+def _real(value: Any, where: str) -> float:
+    """A number; also infinity, by which limits are none."""
+    return math.inf if value == math.inf else check.number(value, where)
 
 
 def _either(ways: Sequence[Check]) -> Check | None:

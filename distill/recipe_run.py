@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastsample import files
 from fastsample.adapters.diffusers import Sampled, from_diffusers
@@ -22,18 +20,19 @@ from fastsample.grid import grid
 from fastsample.guidance import Guided
 from fastsample.plan import Plan
 from fastsample.schedule import EDM, VP, Flow, Schedule
-from fastsample.spacing import SPACINGS
+from fastsample.spacing import uniform_t
 from fastsample.tracing import trace
 from fastsample.zoo.digits import digits, digits_network
 
 from .boundary import bounded, edm_model
 from .checkpoint import differences
 from .conversion import student_of
+from .data import Stream
 from .latent import skipping
 from .lora import lora_student, merged, save_lora
 from .method import Batch, Method, asked
 from .recipe import Recipe, Stage
-from .recipe_data import SOURCES, tensors
+from .recipe_data import SOURCES, first_process, tensors
 from .recipe_keys import METHODS, MODELS, OTHERWISE, used
 from .scale import Scales, scaled_student
 from .trainer import Evaluate, train
@@ -117,7 +116,10 @@ def run_recipe(
 
 
 def materials(recipe: Recipe, out: Path | None = None) -> Materials:
-    """The networks and the data of a recipe. Raises FileNotFoundError or ValueError where one is missing or wrong."""
+    """The networks and the data of a recipe. Raises FileNotFoundError or ValueError where one is missing or wrong.
+
+    out: the folder of the run, where data that are made once go; None makes none, for what only tries the recipe.
+    """
     if recipe.teacher is not None:
         main = _teacher(recipe.teacher)
         teacher: Model | None = _guided(main, recipe.teacher)
@@ -136,7 +138,7 @@ def materials(recipe: Recipe, out: Path | None = None) -> Materials:
 
 def costs(recipe: Recipe, found: Materials) -> list[Cost]:
     """What each stage asks of the networks, counted on two images; nothing is trained."""
-    batch = next(iter(found.loader))
+    batch = example(found)
     few = {key: value[:2] for key, value in batch.items()}
     rows = []
 
@@ -160,11 +162,6 @@ def costs(recipe: Recipe, found: Materials) -> list[Cost]:
         for _ in _walk(recipe, found, count):
             pass
     return rows
-
-
-def first_process() -> bool:
-    """Whether this process speaks and writes; the others work under the same launcher."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _walk(
@@ -275,6 +272,10 @@ def _student(teacher: Denoiser, asked: Mapping[str, Any]) -> Denoiser:
         model = scaled_student(teacher, asked["scale_size"], predicts=asked.get("predicts"))
     else:
         model = student_of(teacher, predicts=asked.get("predicts"))
+    if "dropout" in asked:
+        for module in model.network.modules():  # type: ignore[attr-defined]
+            if isinstance(module, torch.nn.Dropout):
+                module.p = asked["dropout"]
     return bounded(model, asked["boundary"]) if "boundary" in asked else model
 
 
@@ -333,9 +334,7 @@ def _plan(recipe: Recipe, schedule: Schedule) -> Plan | None:
     asked = recipe.plan
     if asked is None:
         return None
-    spacing = SPACINGS[asked.get("spacing", "uniform_t")]
-    if "skipping" in asked:
-        spacing = skipping(asked["skipping"])
+    spacing = skipping(asked["skipping"]) if "skipping" in asked else used(asked.get("spacing", uniform_t))
     try:
         nodes = grid(schedule, asked["steps"], spacing, end=asked.get("end"))
         return trace(recipe.solvers[asked["solver"]], nodes, **asked.get("options", {}))
@@ -387,7 +386,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def shape_of(found: Materials) -> tuple[int, ...]:
-    """Of one sample, as the data have it."""
-    x0: Tensor = next(iter(found.loader))["x0"]
-    return tuple(x0.shape[1:])
+def example(found: Materials) -> Batch:
+    """A batch of the data, the same one each time; nothing else draws otherwise for it."""
+    with torch.random.fork_rng(devices=[]):
+        return Stream(found.loader, seed=0).first()

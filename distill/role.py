@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastsample.denoiser import Denoiser
 
 from . import checkpointing, sharded
+from .processes import spread
 
 Optimizer = Callable[..., torch.optim.Optimizer]  # (parameters, lr=...) -> an optimizer
 
@@ -22,7 +24,8 @@ Optimizer = Callable[..., torch.optim.Optimizer]  # (parameters, lr=...) -> an o
 class Role:
     """A model in training: its optimizer, and the moving averages of its weights.
 
-    model.network is wrapped (DDP, FSDP, torch.compile) until `finish`. Tensors that FSDP shards are kept as shards.
+    model.network is wrapped (DDP, FSDP, torch.compile) from `start` to `finish` or `abandon`. Tensors that FSDP shards
+    are kept as shards.
     """
 
     def __init__(
@@ -31,12 +34,8 @@ class Role:
         model: Denoiser,
         accelerator: Any,
         *,
-        optimizer: Optimizer,
         lr: float,
-        ema: Sequence[float],
         helper: nn.Module | None = None,
-        compiled: bool = False,
-        recompute: bool | Sequence[str] = False,
     ):
         if not isinstance(model.network, nn.Module):
             raise TypeError(
@@ -49,22 +48,44 @@ class Role:
         self.fixed = digest(self.plain, fixed) if fixed else None
         if all(not value.requires_grad for value in self.plain.parameters()):
             raise ValueError(f"role {name!r} has no parameter that needs a gradient; call requires_grad_(True) on it")
-        self.whole = copy.deepcopy(self.plain).cpu() if accelerator.is_fsdp2 else None  # sharding cannot be undone
-        self.undo = checkpointing.start(self.plain, recompute)
-        self.prepared = _prepared(self.plain.to(accelerator.device).train(), accelerator)
+        self.helper = nn.Module() if helper is None else helper
+        self.whole: nn.Module | None = None
+        self.prepared: Any = self.plain
+        self.trained: dict[str, Tensor] = {}
+        self.undo = [checkpointing.forward_kept(self.plain)]  # accelerate puts one of its own there, and leaves it
+
+    def start(
+        self,
+        *,
+        optimizer: Optimizer,
+        ema: Sequence[float],
+        compiled: bool = False,
+        recompute: bool | Sequence[str] = False,
+    ) -> None:
+        """Wrap the network, and make what trains it. `abandon` follows, also where this fails."""
+        accelerator = self.accelerator
+        for module in (self.plain, self.helper):
+            spread(accelerator, itertools.chain(module.to(accelerator.device).parameters(), module.buffers()))
+            module.train()
+        if accelerator.is_fsdp2:
+            self.whole = copy.deepcopy(self.plain).cpu()  # sharding cannot be undone
+        self.undo += checkpointing.start(self.plain, recompute)
+        self.prepared = _prepared(self.plain, accelerator)
         self.network = torch.compile(self.prepared) if compiled else self.prepared
-        model.network = self.network
+        self.model.network = self.network
         self.weights: dict[str, Tensor] = {k: v for k, v in self.plain.named_parameters() if v.requires_grad}
         self.buffers = dict(self.plain.named_buffers())
-        self.helper = None if helper is None else helper.to(accelerator.device).train()
-        self.aids = {} if self.helper is None else dict(self.helper.named_parameters())
-        self.aid_buffers = {} if self.helper is None else dict(self.helper.named_buffers())
+        aids = dict(self.helper.named_parameters())
+        self.aids = {key: value for key, value in aids.items() if value.requires_grad}
+        fixed = {key: value for key, value in aids.items() if not value.requires_grad}
+        self.aid_buffers = {**dict(self.helper.named_buffers()), **fixed}
         self.trained = {**self.weights, **{f"helper.{key}": value for key, value in self.aids.items()}}
         self.averages = {
             decay: {key: _precise(sharded.local(value.detach())).clone() for key, value in self.weights.items()}
             for decay in ema
         }
-        self.inner = optimizer(list(self.trained.values()), lr=lr)
+        self.inner = optimizer(list(self.trained.values()), lr=self.lr)
+        self.groups = [dict(group) for group in self.inner.param_groups]
         self.optimizer = accelerator.prepare_optimizer(self.inner)
 
     def part(self, last: bool) -> AbstractContextManager[None]:
@@ -72,12 +93,23 @@ class Role:
         return nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
     def gradient(self, clip: float) -> float:
-        """Average the gradients that DDP does not, and clip all; their norm before that."""
+        """Average the gradients that DDP does not, and clip all; their norm before that.
+
+        Raises ValueError where DDP waits for the gradient of a weight that the loss did not use.
+        """
+        unused = [key for key, value in self.weights.items() if value.grad is None]
+        if unused and isinstance(self.prepared, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"the loss of role {self.name!r} does not use {', '.join(unused[:5])}, and several processes wait for "
+                f"its gradient; call requires_grad_(False) on it"
+            )
         for value in self.aids.values():
             if value.grad is not None and self.accelerator.num_processes > 1:
                 value.grad = self.accelerator.reduce(value.grad, reduction="mean")
-        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), clip)
-        return float(sharded.whole(norm))
+        if self.accelerator.scaler is not None:
+            # of this role alone: accelerate's clipping would find the infinite ones of another role at each turn again
+            self.accelerator.scaler.unscale_(self.inner)
+        return float(sharded.clipped(self.trained.values(), clip))
 
     def update(self, factor: float) -> None:
         for group in self.inner.param_groups:
@@ -131,6 +163,7 @@ class Role:
         """Put the plain network back, with its first moving average where that is wanted, in eval mode."""
         if average:
             self._take(next(iter(self.averages.values())))
+        spread(self.accelerator, [*self.buffers.values(), *self.aid_buffers.values()])  # BatchNorm's are of a part
         if self.whole is not None:
             tensors = {**dict(self.plain.named_parameters()), **self.buffers}
             own = {**dict(self.whole.named_parameters()), **dict(self.whole.named_buffers())}
@@ -141,11 +174,16 @@ class Role:
 
     def abandon(self) -> None:
         """Put a plain network back, of whatever weights: what follows an error may not wait for other processes."""
-        checkpointing.stop(self.plain, self.undo)
-        self.undo = []
+        for value in self.trained.values():
+            value.grad = None
         if self.whole is None:
             self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
-        self.model.network = (self.whole or self.plain).to(self.accelerator.device).eval()
+        for undo in reversed(self.undo):
+            undo()
+        self.undo = []
+        self.helper.eval()
+        network = self.plain if self.whole is None else self.whole
+        self.model.network = network.to(self.accelerator.device).eval()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a checkpoint must hold of this role: tensors, and the numbers of an optimizer that keeps such."""
@@ -161,14 +199,22 @@ class Role:
                 name = f"{self.name}.optimizer.{entry}.{key}"
                 if isinstance(kept, Tensor):
                     found[name] = sharded.whole(kept)
-                elif kept is None or isinstance(kept, bool | int | float):
-                    numbers[name] = kept
                 else:
-                    raise TypeError(
-                        f"{type(self.inner).__name__} keeps {entry!r} as {type(kept).__name__}, which a checkpoint "
-                        f"cannot hold; choose an optimizer that keeps tensors and numbers, such as Adam"
-                    )
+                    numbers[name] = self._number(entry, kept)
+        for k, (group, before) in enumerate(zip(self.inner.param_groups, self.groups, strict=True)):
+            for entry, kept in group.items():  # some optimizers count in their groups
+                known = before.get(entry)
+                if entry not in ("params", "lr") and kept is not known and kept != known:
+                    numbers[f"{self.name}.group.{k}.{entry}"] = self._number(entry, kept)
         return found, numbers
+
+    def _number(self, entry: str, kept: Any) -> bool | int | float | None:
+        if kept is None or isinstance(kept, bool | int | float):
+            return kept
+        raise TypeError(
+            f"{type(self.inner).__name__} keeps {entry!r} as {type(kept).__name__}, which a checkpoint cannot hold; "
+            f"choose an optimizer that keeps tensors and numbers, such as Adam"
+        )
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -181,6 +227,15 @@ class Role:
             for key, value in average.items():
                 found = sharded.scattered(tensors[f"{self.name}.average.{decay}.{key}"], self.weights[key])
                 value.copy_(sharded.local(found))
+        for name, kept in numbers.items():
+            if name.startswith(f"{self.name}.group."):
+                k, entry = name.removeprefix(f"{self.name}.group.").split(".", 1)
+                self.inner.param_groups[int(k)][entry] = kept
+        on_device = {
+            value: bool(group.get("fused") or group.get("capturable"))
+            for group in self.inner.param_groups
+            for value in group["params"]
+        }
         begin = f"{self.name}.optimizer."
         for name, kept in {**tensors, **numbers}.items():
             if not name.startswith(begin):
@@ -189,9 +244,9 @@ class Role:
             value = self.trained[key]
             if isinstance(kept, Tensor) and kept.shape == value.shape and kept.dim():
                 kept = sharded.scattered(kept, value)
-            elif isinstance(kept, Tensor) and entry != "step":
+            elif isinstance(kept, Tensor) and (entry != "step" or on_device[value]):
                 kept = kept.to(value.device)
-            # a count of steps stays on the CPU, where Adam keeps it: on a GPU it would wait for it at every step
+            # else a count of steps stays on the CPU, where Adam keeps it: on a GPU it would wait for it at every step
             self.inner.state[value][entry] = kept
 
     def shape(self) -> dict[str, Any]:

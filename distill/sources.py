@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from fastsample.denoiser import Model
 from fastsample.noise import noise
@@ -24,10 +23,10 @@ from fastsample.sampling import check_fit, sample
 
 from .data import Batches, Drawn, flipped
 from .method import Batch, device_of, evaluating
+from .pictures import Files, Loader, Pictures, Rows, check_sizes, loader
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEYS = ("x0", "images", "samples", "arr_0")
-Loader = DataLoader[Batch]
 
 
 def image_folder(
@@ -43,6 +42,8 @@ def image_folder(
 ) -> Loader:
     """The images of a folder and of the folders in it, [B, C, H, W] in [-1, 1], decoded as they are wanted.
 
+    They are turned upright as their EXIF data says; of an animation the first picture counts.
+
     resolution: images are scaled until their shorter side is this long (Pillow's bicubic, which averages where it
         shrinks) and cut to the square in their middle; None takes them as they are, all of one size.
     classes: the folders in `folder` are the classes 0, 1, ... in the order of their names, and `label` the condition.
@@ -51,7 +52,7 @@ def image_folder(
     channels: 3 makes gray images RGB, 1 makes RGB gray.
 
     Raises ValueError, naming the file, where images have several sizes and no `resolution` is given, and, as they are
-    decoded, for what is no image, transparency and 16 bits.
+    decoded, for what is no image, for transparency, and for gray of 16 bits.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,9 +69,9 @@ def image_folder(
         names = sorted({path.relative_to(folder).parts[0] for path in paths})
         labels = [names.index(path.relative_to(folder).parts[0]) for path in paths]
     if resolution is None:
-        _check_sizes(paths)
-    pictures = Pictures(_Files(tuple(paths)), labels, resolution, flip, channels, label)
-    return _loader(pictures, size, workers)
+        check_sizes(paths)
+    pictures = Pictures(Files(tuple(paths)), labels, resolution, flip, channels, label)
+    return loader(pictures, size, workers)
 
 
 def hub_dataset(
@@ -103,8 +104,8 @@ def hub_dataset(
     labels = None
     if label is not None:
         labels = _labels(np.asarray(table.with_format(None)[label][:]), f"column {label!r}", len(table), None).tolist()
-    rows = _Rows(table.select_columns([image]).with_format(None), image)
-    return _loader(Pictures(rows, labels, resolution, flip, channels, condition), size, workers)
+    rows = Rows(table.select_columns([image]).with_format(None), image)
+    return loader(Pictures(rows, labels, resolution, flip, channels, condition), size, workers)
 
 
 def npz_images(
@@ -123,7 +124,8 @@ def npz_images(
 
     images: their key; None: the first that is there of x0, images, samples, arr_0. labels: the key of the labels, whole
         numbers [N]; None: none. classes: how many there are, so that no label lies beyond.
-    layout: where the channels are, if not as above. [N, H, W] are images of one channel.
+    layout: where the channels are, if not as above; it must be said where 1 or 3 numbers are in the other place.
+        [N, H, W] are images of one channel.
     label: what the network calls it. size, flip, bounded: as for `Batches`.
 
     Raises KeyError, naming the keys of the file, ValueError where it is damaged, holds pickles, or numbers that are
@@ -195,148 +197,6 @@ class TeacherSamples(Drawn):
         return {"x0": flipped(x0, chosen["flip"]) if self.flip else x0, **labels}
 
 
-SOURCES: dict[str, Callable[..., Loader | Drawn]] = {
-    "image_folder": image_folder,
-    "npz": npz_images,
-    "hub_dataset": hub_dataset,
-    "teacher_samples": TeacherSamples,
-}
-
-
-@dataclass(frozen=True)
-class Pictures(Dataset[dict[str, Any]]):
-    """Pillow's images as training wants them. images: gives (name, opened image) by index."""
-
-    images: Any
-    labels: Sequence[int] | None
-    resolution: int | None
-    flip: bool
-    channels: Literal[1, 3]
-    label: str
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        name, image = self.images[index]
-        try:
-            pixels = _decoded(image, self.channels, self.resolution)
-        except (OSError, ValueError) as error:  # Pillow's UnidentifiedImageError and truncated files are OSErrors
-            raise ValueError(f"{name} cannot be used as an image ({error}); mend or remove it") from error
-        x0 = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-        if self.flip and torch.rand(()) < 0.5:
-            x0 = x0.flip(-1)
-        return {"x0": x0} if self.labels is None else {"x0": x0, self.label: self.labels[index]}
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:
-        return str(self.paths[index]), self.paths[index]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The images of a column: decoded by `datasets`, or arrays or lists of bytes."""
-
-    table: Any
-    column: str
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> tuple[str, Any]:
-        return f"row {index} of column {self.column!r}", self.table[int(index)][self.column]
-
-
-def _loader(pictures: Pictures, size: int, workers: int) -> Loader:
-    _pillow()
-    if size < 1:
-        raise ValueError(f"size of a batch must be at least 1, got {size}")
-    if pictures.resolution is not None and pictures.resolution < 1:
-        raise ValueError(f"resolution must be at least 1, got {pictures.resolution}")
-    if pictures.channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {pictures.channels}")
-    return DataLoader(
-        pictures,
-        batch_size=min(size, len(pictures)),
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install pillow") from error
-    return Image
-
-
-def _check_sizes(paths: Sequence[Path]) -> None:
-    """From the first bytes of each file, before work starts."""
-    first: tuple[int, int] | None = None
-    for path in paths:
-        try:
-            with _pillow().open(path) as image:
-                found = image.size
-        except OSError as error:
-            raise ValueError(f"{path} cannot be used as an image ({error}); mend or remove it") from error
-        first = first or found
-        if found != first:
-            raise ValueError(
-                f"{paths[0]} is {first[0]}x{first[1]} and {path} is {found[0]}x{found[1]}; pass "
-                f"resolution={min(first)} to scale and cut all of them"
-            )
-
-
-def _decoded(source: Any, channels: int, resolution: int | None) -> np.ndarray[Any, Any]:
-    """[H, W, C], uint8, of a path, an opened image or an array."""
-    library = _pillow()
-    if isinstance(source, Path):
-        with library.open(source) as image:
-            return _pixels_of(image, channels, resolution)
-    if not hasattr(source, "convert"):
-        pixels = np.asarray(source)
-        if pixels.ndim == 3 and pixels.shape[2] == 1:
-            pixels = pixels[:, :, 0]
-        if pixels.dtype.kind not in "iu" or pixels.min(initial=0) < 0 or pixels.max(initial=0) > 255:
-            raise ValueError(f"it is no image, but {pixels.dtype} numbers of shape {list(pixels.shape)}, not bytes")
-        source = library.fromarray(pixels.astype(np.uint8))
-    return _pixels_of(source, channels, resolution)
-
-
-def _pixels_of(image: Any, channels: int, resolution: int | None) -> np.ndarray[Any, Any]:
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"it has more than 8 bits a channel ({image.mode})")
-    if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema() != (255, 255):
-        raise ValueError("it is transparent in places, where it has no colour")
-    image = image.convert("RGB" if channels == 3 else "L")
-    if resolution is not None:
-        image = _squared(image, resolution)
-    pixels = np.array(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
-
-
-def _squared(image: Any, resolution: int) -> Any:
-    """Scaled until the shorter side is `resolution`, and the middle of that."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    if image.size != (width, height):
-        image = image.resize((width, height), _pillow().Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
 def _table(source: Any, split: str) -> Any:
     try:
         import datasets
@@ -396,6 +256,10 @@ def _pixels(path: Path, array: np.ndarray[Any, Any], layout: str | None, bounded
                 f"{path}: {list(array.shape)} bytes are not [N, H, W, C]; say layout='NCHW' if they are that"
             )
         array = array.transpose(0, 3, 1, 2)
+    elif layout is None and array.shape[3] in (1, 3) and array.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{path}: {list(array.shape)} floats look like [N, H, W, C]; say layout='NHWC', or 'NCHW' if they are not"
+        )
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     array = np.ascontiguousarray(array, dtype=np.float32)

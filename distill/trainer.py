@@ -29,10 +29,11 @@ from .data import Stream, check_parts
 from .log import Log, bar
 from .method import Batch, Method
 from .options import Schedule, optimizer_of, schedule_of, settings_of
-from .processes import accelerator_of, agreed, on_main, summed
+from .processes import accelerator_of, agreed, on_main, spread, summed
 from .role import Optimizer, Role, digest
 
-Evaluate = Callable[[Denoiser, int], Mapping[str, float]]
+Evaluate = Callable[[Denoiser, int], Mapping[str, float] | None]
+LEAST_SCALE = 1e-4  # of fp16's losses: gradients that are infinite with less stay so
 
 
 def train(
@@ -80,16 +81,18 @@ def train(
         can; names of classes choose its modules.
     save_every, keep: steps between checkpoints, and how many stay.
     trackers: of accelerate, "tensorboard" or "wandb" for example, beside log.jsonl.
-    evaluate: (model with its average, step) -> numbers for the log, every `evaluate_every` steps and at the end.
+    evaluate: (model with its average, step) -> numbers for the log, or None, every `evaluate_every` steps and at the
+        end.
     resume: go on from the newest checkpoint in `out`, with the weights that an uninterrupted run would have had; a
         warning says where another number of threads, processes, device or torch may change their last digits.
     progress: show a bar; None: on a terminal.
     Raises FloatingPointError where a loss is not finite; the last checkpoint stays.
 
     The networks are trained in place; under FSDP the model that is returned has a new one.
-    Under `accelerate launch`, DDP and FSDP 2 change nothing but speed and rounding.
+    Under `accelerate launch`, DDP and FSDP 2 change nothing but speed and rounding, as `accumulate` does, but for
+    dropout, which draws other masks, and BatchNorm, whose statistics are those of a part.
     """
-    decays = (ema,) if isinstance(ema, int | float) else tuple(ema)
+    decays = (float(ema),) if isinstance(ema, int | float) else tuple(float(decay) for decay in ema)
     counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every, "keep": keep, "log_every": log_every}
     _check({**counts, "evaluate_every": evaluate_every}, warmup=warmup, ema=decays, clip=clip)
     rates = _rates(method, lr)
@@ -123,6 +126,11 @@ def train(
                 "precision": str(accelerator.mixed_precision),
             }
             configuration = {"steps": steps, "training": training, **_configuration(method, settings, roles, example)}
+            if differs := checkpoints.differences(agreed(accelerator, configuration), configuration):
+                raise ValueError(
+                    f"process {accelerator.process_index} has another run than the first: {'; '.join(differs[:5])} "
+                    f"(was: in the first); give all of them the same"
+                )
             run = _Run(method, roles, data, accelerator, accumulate)
             done = run.resumed(folder, configuration, resume) if folder else 0
             writes = folder if accelerator.is_main_process else None
@@ -136,7 +144,7 @@ def train(
                     for turn, name in enumerate(method.turns(step)):
                         loss, norm = parts.gradient(method, roles, name, batch, step, turn, clip)
                         losses[name] = loss
-                        if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler):
+                        if not math.isfinite(loss) or not (math.isfinite(norm) or _is_passing(accelerator.scaler)):
                             raise FloatingPointError(_burst(name, loss, norm, step, steps, folder))
                         roles[name].update(factor)
                         roles[name].follow(step)
@@ -156,25 +164,31 @@ def train(
 def averaged(model: Denoiser, out: str | Path, ema: float, *, role: str | None = None) -> Denoiser:
     """Put the moving average of another decay, from the newest checkpoint in `out`, into a model; returns it.
 
-    model: the network that `train` returned, or one of the same shape, in place. role: None is the first.
+    model: what `train` returned, or one of the same shape, in place; weights that were not trained stay as they are.
+    role: None is the first.
     Raises ValueError where the run kept no such average.
     """
     found = checkpoints.folders(Path(out))
     if not found:
         raise FileNotFoundError(f"{out} holds no checkpoint; give the folder that train wrote to")
     tensors = checkpoints.tensors(found[-1])
-    names = list(dict.fromkeys(key.split(".weight.")[0] for key in tensors if ".weight." in key))
-    role = role or next(name for name in names)
-    begin = f"{role}.average.{float(ema)}."
-    values = {key.removeprefix(begin): value for key, value in tensors.items() if key.startswith(begin)}
+    role = role or checkpoints.roles(found[-1])[0]
     network: Any = model.network
     own = dict(network.named_parameters())
-    if not values or values.keys() - own.keys():
+    values = _below(f"{role}.average.{float(ema)}.", tensors)
+    if not values or any(key not in own or own[key].shape != value.shape for key, value in values.items()):
         raise ValueError(f"{found[-1]} has no average of role {role!r} with decay {ema:g} for this network")
+    buffers = dict(network.named_buffers())
+    values |= {key: value for key, value in _below(f"{role}.buffer.", tensors).items() if key in buffers}
     with torch.no_grad():
         for key, value in values.items():
-            own[key].copy_(value)
+            (own | buffers)[key].copy_(value)
+    network.eval()
     return model
+
+
+def _below(begin: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(begin): value for key, value in tensors.items() if key.startswith(begin)}
 
 
 class _Parts:
@@ -291,7 +305,7 @@ class _Run:
         with first.averaged() as model, _generators_kept(self.accelerator.device), torch.no_grad():
 
             def ask() -> None:
-                found.update({key: float(value) for key, value in evaluate(model, step).items()})
+                found.update({key: float(value) for key, value in (evaluate(model, step) or {}).items()})
 
             if self.accelerator.is_fsdp2:
                 ask()
@@ -308,6 +322,9 @@ class _Run:
 
 
 def _check(counts: Mapping[str, int], *, warmup: int, ema: Sequence[float], clip: float) -> None:
+    for name, number in {**counts, "warmup": warmup}.items():
+        if not isinstance(number, int):
+            raise TypeError(f"{name} must be a whole number, got {number!r}; int({number!r}) for example")
     for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
@@ -351,16 +368,21 @@ def _prepared(
             f"{type(method).__name__} keeps {', '.join(kept)} beside the networks, which FSDP would not spread; run it "
             f"under DDP, or choose options without it"
         )
+    models, helpers = method.roles, method.helpers
+    if unknown := sorted(helpers.keys() - models.keys()):
+        raise ValueError(f"helpers of {type(method).__name__} name {unknown}, its roles are {sorted(models)}")
     for module in [*(model.network for model in method.frozen), *kept.values()]:
         if isinstance(module, nn.Module):
             module.to(accelerator.device).eval()
-    for network in (model.network for model in [*method.frozen, *method.roles.values()]):
+    for network in (model.network for model in [*method.frozen, *models.values()]):
         _check_finite(network)
-    helpers = method.helpers
+    for module in kept.values():
+        spread(accelerator, _tensors(module))
     roles: dict[str, Role] = {}
     try:
-        for name, model in method.roles.items():
-            roles[name] = Role(name, model, accelerator, lr=rates[name], helper=helpers.get(name), **options)
+        for name, model in models.items():
+            roles[name] = Role(name, model, accelerator, lr=rates[name], helper=helpers.get(name))
+            roles[name].start(**options)
         yield roles
     finally:
         for role in roles.values():
@@ -380,7 +402,9 @@ def _configuration(
     method: Method, settings: Mapping[str, Any], roles: dict[str, Role], example: Batch
 ) -> dict[str, Any]:
     """What must be the same for a run to go on, beside the numbers that `train` was given."""
+    kept = {name: [list(value.shape) for value in _tensors(module)] for name, module in method.kept.items()}
     return {
+        **({"kept": kept} if kept else {}),
         "method": {"name": type(method).__name__, **settings},
         "batch": {key: list(value.shape) for key, value in example.items()},
         "networks": {name: role.shape() for name, role in roles.items()},
@@ -405,6 +429,11 @@ def _machine(accelerator: Any, accumulate: int) -> dict[str, str]:
         "processes": str(accelerator.num_processes),
         "accumulate": str(accumulate),
     }
+
+
+def _is_passing(scaler: Any) -> bool:
+    """Whether fp16's scale of the loss may yet fall to where gradients are finite: until then it leaves out steps."""
+    return scaler is not None and scaler.get_scale() > LEAST_SCALE
 
 
 def _burst(role: str, loss: float, norm: float, step: int, steps: int, folder: Path | None) -> str:

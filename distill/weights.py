@@ -6,6 +6,7 @@ squared error of the output is q^2 times that of x0, and one weight serves eps, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,23 @@ from fastsample.denoiser import Denoiser
 from fastsample.grid import Nodes, nodes
 from fastsample.prediction import Prediction
 
-from .progressive import Weight, snr_plus_one, truncated_snr
-
+Weight = Callable[[Nodes], Tensor]  # of the squared error of x0, or of a distance, at these nodes, [B]
 LEAST = 1e-8  # of alpha: at 0 an eps network says nothing of x0, and weights over q^2 have their limits only
+
+
+def snr(at: Nodes) -> Tensor:
+    """(alpha / sigma)^2, [B]."""
+    return (at.alpha / at.sigma).square()
+
+
+def truncated_snr(at: Nodes) -> Tensor:
+    """max(SNR, 1): the larger of the squared errors of x0 and eps. Salimans and Ho 2022, arXiv:2202.00512, Sec. 4."""
+    return snr(at).clamp(min=1)
+
+
+def snr_plus_one(at: Nodes) -> Tensor:
+    """SNR + 1: the squared error of v where alpha^2 + sigma^2 = 1. Salimans and Ho 2022, arXiv:2202.00512, Sec. 4."""
+    return snr(at) + 1
 
 
 def _check_positive(name: str, number: float) -> None:
@@ -29,7 +44,7 @@ def _check_positive(name: str, number: float) -> None:
 class MinSNR:
     """min(SNR, gamma): of eps min(SNR, gamma) / SNR, of v min(SNR, gamma) / (SNR + 1).
 
-    Hang et al. 2023, arXiv:2303.09556, Sec. 3.4.
+    Hang et al. 2023, arXiv:2303.09556, Sec. 3.4; of eps and v, Sec. 4.2.
     """
 
     gamma: float = 5.0
@@ -43,7 +58,7 @@ class MinSNR:
 
 @dataclass(frozen=True)
 class P2:
-    """Of eps 1 / (k + SNR)^gamma. Choi et al. 2022, arXiv:2204.00227, Eq. 8."""
+    """Of eps 1 / (k + SNR)^gamma. Choi et al. 2022, arXiv:2204.00227."""
 
     gamma: float = 1.0
     k: float = 1.0
@@ -77,11 +92,6 @@ WEIGHTS: dict[str, Weight] = {
     "p2": P2(),
     "edm": EDMWeight(),
 }
-
-
-def snr(at: Nodes) -> Tensor:
-    """(alpha / sigma)^2, [B]."""
-    return (at.alpha / at.sigma).square()
 
 
 def weight_of(weight: str | Weight) -> Weight:

@@ -41,7 +41,7 @@ SPACING = fs.power_t(1.5)  # of both methods: DDIM in few steps is nearer to its
 CONVERSION: dict[str, Any] = {"steps": 1000, "lr": 2e-3, "warmup": 50}
 ROUNDS: dict[int, int] = {16: 400, 8: 500, 4: 700, 2: 1100, 1: 1600}  # steps of the student: updates
 PROGRESSIVE: dict[str, Any] = {"lr": 1e-3, "warmup": 20}
-CONSISTENCY: dict[str, Any] = {"steps": 2400, "lr": 5e-4}
+CONSISTENCY: dict[str, Any] = {"times": 32, "distance": "l2", "steps": 4800, "lr": 1e-3, "warmup": 20}
 DROP: dict[str, Any] = {"drop": 0.1, "null": {"class_labels": NULL}}
 
 
@@ -63,7 +63,9 @@ class Way:
 
 DDIM = Way("DDIM", solvers.ddim, SPACING)
 TEACHER = Way("DDIM, uniform_t", solvers.ddim, fs.uniform_t)  # its 50 steps are the unit of the table
-SAMPLERS = {"progressive": [DDIM], "consistency": [DDIM, Way("re-noising", solvers.consistency, SPACING, paired=False)]}
+LATE = Way("DDIM, power_t(3.0)", solvers.ddim, fs.power_t(3.0))  # a consistency student's second step may come late
+AGAIN = Way("re-noising", solvers.consistency, SPACING, paired=False)
+SAMPLERS = {"progressive": [DDIM], "consistency": [DDIM, LATE, AGAIN]}
 BASELINES = [
     TEACHER,
     DDIM,
@@ -96,8 +98,10 @@ def progressive(teacher: fs.Denoiser, out: Path, seed: int, share: float, **opti
 def consistency(teacher: fs.Denoiser, out: Path, seed: int, share: float, **options: Any) -> None:
     """One student for all steps."""
     student = converted(teacher, out, seed, share, **options)
-    method = distill.ConsistencyDistillation(student, teacher, spacing=SPACING, **DROP)
     given = {**CONSISTENCY, "steps": scaled(CONSISTENCY["steps"], share)}
+    method = distill.ConsistencyDistillation(
+        student, teacher, spacing=SPACING, distance=given.pop("distance"), times=given.pop("times"), **DROP
+    )
     trained = distill.train(method, loader(), out=out / "consistency", seed=seed, **given, **options)
     fs.save_pretrained(trained, out / "model")
 
@@ -122,20 +126,24 @@ def scaled(updates: int, share: float) -> int:
     return max(1, round(updates * share))
 
 
-def settings(share: float) -> dict[str, Any]:
+def settings(method: str, share: float) -> dict[str, Any]:
     """What the students of a folder were trained by, as JSON has it."""
     rounds = {str(steps): scaled(updates, share) for steps, updates in ROUNDS.items()}
-    found = {"conversion": CONVERSION, "progressive": PROGRESSIVE, "consistency": CONSISTENCY, "drop": DROP}
-    return {"share": share, "spacing": getattr(SPACING, "__name__", ""), "rounds": rounds, **found}
+    own: dict[str, Any] = {
+        "progressive": {"rounds": rounds, **PROGRESSIVE},
+        "consistency": {**CONSISTENCY, "updates": scaled(CONSISTENCY["steps"], share)},
+    }
+    shared = {"conversion": CONVERSION, "drop": DROP, "spacing": getattr(SPACING, "__name__", "")}
+    return {"share": share, **shared, method: own[method]}
 
 
-def is_done(folder: Path, share: float) -> bool:
+def is_done(folder: Path, method: str, share: float) -> bool:
     """Whether the students in a folder are trained. Raises ValueError where that was by other settings."""
     path = folder / DONE
     if not path.exists():
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
-    if found != settings(share):
+    if found != settings(method, share):
         raise ValueError(f"{path} was trained by other settings, {found}; remove {folder} or take another --out")
     return True
 
@@ -235,10 +243,10 @@ def run(
     for seed in seeds:
         for name in methods:
             folder = files.folder(out / f"{name}-{seed}")
-            if not is_done(folder, share):
+            if not is_done(folder, name, share):
                 with cpu_seconds(folder / "cpu_seconds.json"):
                     METHODS[name](teacher, folder, seed, share, progress=progress)
-                files.write_text(folder / DONE, json.dumps(settings(share)) + "\n")
+                files.write_text(folder / DONE, json.dumps(settings(name, share)) + "\n")
             print(f"{name}, seed {seed}: {_minutes(folder):.1f} CPU minutes", flush=True)
     measured = Measurement(files.folder(out / f"measured-{n}"), n, teacher)
     for seed in seeds:
@@ -247,7 +255,9 @@ def run(
                 for steps in STEPS:
                     found = measured.cell(f"{name}-{seed}", partial(student, out, name, seed, steps), way, steps)
                     print(f"{name}, seed {seed}, {way.label}, {steps}: {_multiple(found)}", flush=True)
-    missing = [f"{name}-{seed}" for seed in SEEDS for name in METHODS if not is_done(out / f"{name}-{seed}", share)]
+    missing = [
+        f"{name}-{seed}" for seed in SEEDS for name in METHODS if not is_done(out / f"{name}-{seed}", name, share)
+    ]
     if missing:
         print(f"no table yet: these are not trained: {', '.join(missing)}")
         return None

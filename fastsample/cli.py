@@ -123,6 +123,7 @@ def demo(
 
 @app.command()
 def sample(
+    context: typer.Context,
     model: Model = "digits",
     solver: Solver = "default",
     steps: Steps = 8,
@@ -143,7 +144,10 @@ def sample(
         typer.Option(callback=_picture, dir_okay=False, help="Picture to write; the samples go beside it as .npz."),
     ] = Path("samples.png"),
 ) -> None:
-    """Draw samples from a model; write a picture and the numbers."""
+    """Draw samples from a model; write a picture and the numbers.
+
+    A model that was saved with a plan, such as a student, is sampled by it, unless a solver or a grid is named.
+    """
     need("diffusers", "matplotlib")
     import numpy as np
 
@@ -154,6 +158,9 @@ def sample(
     network = load(model)
     if plan:
         chosen = fs.Plan.load(plan)
+    elif network.plan is not None and not _named(context, "solver", "steps", "spacing", "option", "lower_order_final"):
+        chosen = network.plan
+        typer.echo(f"by the plan of the model: {chosen.solver}, {chosen.nfe} network evaluation{_s(chosen.nfe)}")
     else:
         chosen = _trace(network, solver, steps, spacing, _options(option), lower_order_final=lower_order_final)
     source, noise, condition = _drawn(network, range(seed, seed + count), label, scale, null)
@@ -162,8 +169,7 @@ def sample(
     rows = {f"seed {seed + 10 * k} on": part for k, part in enumerate(images[:MOST_SHOWN].split(10))}
     bench.sample_grid(rows, out)
     shown = f" (the first {MOST_SHOWN} samples; all are in {out.with_suffix('.npz')})" if count > MOST_SHOWN else ""
-    plural = "s" if count > 1 else ""
-    typer.echo(f"{count} sample{plural} of {chosen.nfe} network evaluation{'s' * (chosen.nfe > 1)}: {out}{shown}")
+    typer.echo(f"{count} sample{_s(count)} of {chosen.nfe} network evaluation{_s(chosen.nfe)}: {out}{shown}")
 
 
 plan_app = typer.Typer(no_args_is_help=False, rich_markup_mode=None)
@@ -282,6 +288,16 @@ def doctor() -> None:
         load("digits")
         typer.echo("  built-in digits network: whole")
     typer.echo(f"  {cli_bench.inception()}")
+
+
+def _named(context: typer.Context, *options: str) -> bool:
+    """Whether the user wrote one of these options."""
+    sources = [context.get_parameter_source(name) for name in options]
+    return any(source is not None and source.name != "DEFAULT" for source in sources)
+
+
+def _s(count: int) -> str:
+    return "s" if count > 1 else ""
 
 
 def _conditions(

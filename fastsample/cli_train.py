@@ -19,6 +19,7 @@ from torch import Tensor
 import fastsample as fs
 from fastsample import distill, solvers
 from fastsample.cli_common import need
+from fastsample.distill.recipe import built_in, read_recipe
 from fastsample.files import folder
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from fastsample.distill.recipe import Recipe, Stage
     from fastsample.distill.recipe_run import Materials
 
-RecipeName = Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that is built in.")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(help=f"A TOML file, or the name of a recipe that is built in: {', '.join(built_in())}."),
+]
 Out = Annotated[
     Path | None, typer.Option(file_okay=False, help="Folder of the run; without it, the recipe's own `out`.")
 ]
@@ -124,7 +128,7 @@ def _run(
     begin = time.monotonic()
     with _said_shortly():
         if dry_run:
-            found = recipe_run.materials(recipe, place)
+            found = recipe_run.materials(recipe)
             _measure(recipe)
             _say(_shown(name, recipe, found))
             return
@@ -139,8 +143,6 @@ def _run(
 
 
 def _read(name: str, changes: list[str] | None, teacher: str | None) -> Recipe:
-    from fastsample.distill.recipe import read_recipe
-
     try:
         return read_recipe(name, solvers=solvers.SOLVERS, changes=changes or [], teacher=teacher)
     except ValueError as error:
@@ -165,26 +167,25 @@ class Evaluation:
         self,
         plan: fs.Plan,
         shape: tuple[int, ...],
-        conditions: Callable[[int], Mapping[str, Tensor]],
+        condition: Mapping[str, Tensor],
         place: Path,
         *,
         n: int,
         seed: int = 0,
         measure: Measure | None = None,
-        batch: int = 250,
+        batch: int,
     ):
-        self.plan, self.shape, self.conditions, self.place = plan, shape, conditions, place
+        self.plan, self.shape, self.condition, self.place = plan, shape, condition, place
         self.n, self.seed, self.measure, self.batch = n, seed, measure, batch
 
     def __call__(self, model: fs.Denoiser, step: int) -> dict[str, float]:
         from fastsample import bench
 
-        condition = self.conditions(self.n)
         parts = []
         for first in range(0, self.n, self.batch):
             last = min(first + self.batch, self.n)
             noise = fs.noise(self.shape, range(self.seed + first, self.seed + last), device=_device(model))
-            given = {key: value[first:last].to(noise.device) for key, value in condition.items()}
+            given = {key: value[first:last].to(noise.device) for key, value in self.condition.items()}
             parts.append(fs.sample(model, self.plan, noise, condition=given, progress=False).cpu())
         images = torch.cat(parts)
         if self.shape[0] in (1, 3):  # latents are no picture
@@ -201,23 +202,33 @@ def _evaluations(
     recipe: Recipe, place: Path, measure: Measure | None, found: Materials
 ) -> Callable[[Stage], Evaluation]:
     """An `Evaluation` for each stage, of one measure and one set of noises for all."""
+    from fastsample.distill.recipe_run import example
+
     assert found.plan is not None
-    batch = next(iter(found.loader))
-    shape = tuple(batch["x0"].shape[1:])
+    batch = example(found)
+    shape, size = tuple(batch["x0"].shape[1:]), len(batch["x0"])
     plan, classes = found.plan, _classes(found)
     n = recipe.evaluate.get("n", 1000 if measure else SHOWN)
-
-    def conditions(count: int) -> dict[str, Tensor]:
-        if classes is not None:
-            return {"class_labels": classes[torch.arange(count) % len(classes)]}
+    if classes is not None:
+        condition = {"class_labels": classes[torch.arange(n) % len(classes)]}
+    else:
         rows = {key: value for key, value in batch.items() if key not in ("x0", "noise")}
-        return {key: value[torch.arange(count) % len(value)] for key, value in rows.items()}
+        condition = {key: value[torch.arange(n) % size] for key, value in rows.items()}
 
     def of(stage: Stage) -> Evaluation:
-        samples = place / stage.name / "samples"
-        return Evaluation(plan, shape, conditions, samples, n=n, seed=recipe.evaluate.get("seed", 0), measure=measure)
+        samples, seed = place / stage.name / "samples", recipe.evaluate.get("seed", 0)
+        given = {**condition, **_told(recipe, stage, n)}
+        return Evaluation(plan, shape, given, samples, n=n, seed=seed, measure=measure, batch=size)
 
     return of
+
+
+def _told(recipe: Recipe, stage: Stage, n: int) -> dict[str, Tensor]:
+    """The teacher's own scale of guidance, for a student that is told it."""
+    from fastsample.distill.recipe_keys import used
+
+    scales = used(stage.settings.get("scales"))
+    return {} if scales is None else scales.told((recipe.teacher or {})["guidance"], n)
 
 
 def _classes(found: Materials) -> Tensor | None:
@@ -313,8 +324,7 @@ def _summary(recipe: Recipe, place: Path, seconds: float) -> str:
     lines.append(f"done in {seconds:.0f} s: {model}")
     if "lora" in recipe.student:
         lines.append(f"its adapters, for pipe.load_lora_weights: {place / 'lora'}")
-    plan = f" --plan {model / 'plan.json'}" if recipe.plan else ""
-    lines.append(f"sample it with: fastsample sample --model {model}{plan}")
+    lines.append(f"sample it with: fastsample sample --model {model}")
     lines.append(f'measure it with: fastsample bench run SWEEP.toml, a model of which has from = "{model}"')
     return "\n".join(lines)
 
@@ -331,7 +341,7 @@ def _last(path: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _first() -> bool:
-    from fastsample.distill.recipe_run import first_process
+    from fastsample.distill.recipe_data import first_process
 
     return first_process()
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastsample as fs
-from fastsample import cli, zoo
+from fastsample import cli, cli_train, solvers, zoo
+from fastsample.distill.recipe import read_recipe
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -103,10 +104,27 @@ def test_distilling_ends_with_a_student_and_the_command_that_samples_it(command,
     assert "2 samples of 1 network evaluation" in out
     with np.load(tmp_path / "x.npz", allow_pickle=False) as found:
         assert found["images"].shape == (2, 1, 8, 8)
+    assert "by the plan of the model: ddim, 1 network evaluation\n" in out
+    _, out, _ = command(*again, "--count", 1, "--steps", 8, "--out", tmp_path / "y.png")  # as it is told
+    assert "1 sample of 8 network evaluations" in out
+    assert "by the plan" not in out
     student = fs.from_pretrained(tmp_path / "run" / "model")
     noise = fs.noise((1, 8, 8), seeds=range(2))
     images = fs.sample(student, student.plan, noise, condition={"class_labels": torch.arange(2)})
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "x.npz")["images"]), images, rtol=0, atol=1e-6)
+
+
+def test_a_student_that_is_told_its_scale_is_evaluated_at_that_of_its_teacher():
+    asked = read_recipe("sd15-lcm-lora", solvers=solvers.SOLVERS, changes=["stage.lcm.scales.embed={name='Plain'}"])
+    told = cli_train._told(asked, asked.stages[0], 3)
+    assert told["guidance"].tolist() == [7.5, 7.5, 7.5]
+    untold = read_recipe("sd15-lcm-lora", solvers=solvers.SOLVERS)
+    assert cli_train._told(untold, untold.stages[0], 3) == {}
+
+
+def test_help_names_the_recipes_that_are_built_in(command):
+    out = " ".join(command("distill", "--help")[1].split())
+    assert "digits-consistency, digits-progressive" in out
 
 
 def test_a_teacher_is_trained_and_then_distilled(command, recipe, tmp_path):

@@ -40,11 +40,14 @@ def test_the_tables_stand_between_their_marks_however_often_they_are_written(pag
 
 
 def test_students_of_other_settings_are_refused(page, tmp_path):
-    assert not page.is_done(tmp_path, 1.0)
-    (tmp_path / page.DONE).write_text(json.dumps(page.settings(1.0)))
-    assert page.is_done(tmp_path, 1.0)
-    with pytest.raises(ValueError, match=r"was trained by other settings.*take another --out"):
-        page.is_done(tmp_path, 0.5)
+    for name in page.METHODS:
+        folder = tmp_path / name
+        folder.mkdir()
+        assert not page.is_done(folder, name, 1.0)
+        (folder / page.DONE).write_text(json.dumps(page.settings(name, 1.0)))
+        assert page.is_done(folder, name, 1.0)
+        with pytest.raises(ValueError, match=r"was trained by other settings.*take another --out"):
+            page.is_done(folder, name, 0.5)
 
 
 def test_cpu_time_adds_up_over_calls_that_were_interrupted(page, tmp_path):

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WINGS = ["solvers", "distill", "kernels", "bench"]
-JOINS = {"fastsample", "fastsample.cli", "fastsample.cli_bench", "fastsample.cli_train", "fastsample.demo"}  # they alone put wings together
+# they alone put wings together
+JOINS = {"fastsample", "fastsample.cli", "fastsample.cli_bench", "fastsample.cli_train", "fastsample.demo"}
 HEAVY = {"accelerate", "diffusers", "matplotlib", "onnx", "onnxruntime", "sklearn", "tensorrt", "triton"}
 STUDIES = ROOT / "bench" / "studies"  # scripts, no part of the package: they join wings as examples do
 FILES = sorted(

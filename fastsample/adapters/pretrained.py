@@ -105,6 +105,7 @@ def save_pretrained(
     _check_guidance(guidance)
     inner: Any = network if sampled is None else sampled.network
     inner = getattr(inner, "_orig_mod", inner)  # what torch.compile was given
+    _check_adapters(inner)
     manifest = {
         "format": "fastsample.model",
         "version": VERSION,
@@ -283,6 +284,15 @@ def _check_guidance(guidance: Any) -> None:
     wrong = any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers)
     if guidance is not None and (wrong or (numbers is guidance and len(numbers) != 2)):
         raise ValueError(f"guidance must be a scale or the range (low, high) of scales, got {guidance!r}")
+
+
+def _check_adapters(network: nn.Module) -> None:
+    """Their weights would be saved under names that no loader of the network itself knows."""
+    if any(hasattr(module, "get_base_layer") for module in network.modules()):  # as all layers of peft
+        raise ValueError(
+            f"this {type(network).__name__} has adapters of peft; save distill.merged(student), in which they are "
+            f"added to the weights, or the adapters alone: distill.save_lora(student, folder)"
+        )
 
 
 def _guidance(manifest: Mapping[str, Any]) -> float | tuple[float, float] | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastsample as fs
-from fastsample import solvers
+from fastsample import distill, solvers
 from fastsample.adapters.pretrained import weights_hash
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,7 +33,7 @@ def test_a_saved_model_predicts_the_same_after_loading(model, tmp_path):
         torch.testing.assert_close(loaded.predict(x, node), model.predict(x, node), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("schedule", [fs.EDM(), fs.Flow(shift=3.0), fs.VPContinuous(), fs.TrigFlow(t_max=1.5)], ids=repr)
+@pytest.mark.parametrize("schedule", [fs.EDM(), fs.Flow(shift=3.0), fs.VPContinuous(), fs.TrigFlow(1e-4)], ids=repr)
 def test_every_schedule_survives_saving(model, schedule, tmp_path):
     fs.save_pretrained(fs.Denoiser(model.network, schedule, "x0"), tmp_path)
     loaded = fs.from_pretrained(tmp_path)
@@ -376,6 +376,17 @@ def test_a_network_of_ones_own_must_be_given_and_fit(model, tmp_path):
     fs.save_pretrained(model, tmp_path / "theirs")
     with pytest.raises(ValueError, match=r"leave out network="):
         fs.from_pretrained(tmp_path / "theirs", network=Net())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["of diffusers", "of one's own"])
+def test_a_network_with_adapters_is_not_saved_as_one_without(model, tmp_path, own):
+    pytest.importorskip("peft")
+    network = fs.Denoiser(Net(), fs.VP.scaled_linear(), "v") if own else model
+    student = distill.lora_student(network, rank=2, targets=["outer"] if own else ["conv1"])
+    with pytest.raises(ValueError, match=r"has adapters .*distill\.merged\(student\).*distill\.save_lora"):
+        fs.save_pretrained(student, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    fs.save_pretrained(distill.merged(student), tmp_path / "merged")
 
 
 def test_a_model_that_is_more_than_its_network_is_not_saved_as_less(model, tmp_path):

@@ -1,13 +1,14 @@
 """sCM: exact where the best student is known, and its derivatives those of finite differences."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from torch import nn
 
 import fastsample as fs
-from fastsample import distill
+from fastsample import distill, solvers
 from fastsample.distill import draws
 from fastsample.distill.continuous import LARGEST, derivative, trig_network, x0_at
 
@@ -171,7 +172,7 @@ def test_a_teacher_is_not_asked_beyond_its_noisiest_time():
     assert schedule.t_min - 1e-6 < float(times.min())
     assert float(times.max()) < schedule.t_max + 1e-6
     assert bool((asked.abs() <= 3.4 * x.abs()).all())  # of unit variance, as the teacher's states are
-    torch.testing.assert_close(velocity, 0 * x, rtol=0, atol=0.03)  # data of standard deviation sd stand still
+    torch.testing.assert_close(velocity, 0 * x, rtol=0, atol=0.05)  # such data stand still
 
 
 def test_a_tangent_is_normalised_over_its_whole_sample():
@@ -323,6 +324,10 @@ def test_a_wrong_student_is_named(toy):
         distill.ContinuousConsistency(student, student)
     with pytest.raises(ValueError, match="has a boundary, which sCM does not need"):
         distill.ContinuousConsistency(distill.bounded(student, "edm"))
+    with pytest.raises(ValueError, match="remembers earlier evaluations"):
+        distill.ContinuousConsistency(
+            student, fs.Guided(toy("v", seed=1), uncond={"class_labels": 2}, scale=2.0, reuse=2)
+        )
     with pytest.warns(UserWarning, match="predicts eps"):
         distill.ContinuousConsistency(toy("eps"))
 
@@ -345,3 +350,78 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(toy, ring, loader
         assert torch.equal(weights(again.student)[key], value)
     assert bool(whole.adaptive.out.weight.any())
     assert torch.equal(whole.adaptive.out.weight, again.adaptive.out.weight)
+
+
+class Smooth(nn.Module):
+    """No sine of t is faster than t itself: the toy's, of 128 t / 1000, make derivatives that drown what is learned."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Linear(2 + 4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
+            )  # fmt: skip
+
+    def forward(self, x, t):
+        t = t[:, None]
+        return self.layers(torch.cat([x, t.sin(), t.cos(), (2 * t).sin(), (2 * t).cos()], 1))
+
+
+def angle(schedule, node):
+    return torch.as_tensor(node.sigma / node.alpha).atan()
+
+
+def ring_points():
+    """Eight Gaussians on a circle, as `ring` has, but more of them."""
+    which = torch.arange(4096) % 8 * (math.pi / 4)
+    generator = torch.Generator().manual_seed(1)
+    return 0.8 * torch.stack([which.cos(), which.sin()], 1) + 0.04 * torch.randn(4096, 2, generator=generator)
+
+
+@cache
+def ring_teacher(steps):
+    """Trained by diffusion, once for this file."""
+    teacher = fs.Denoiser(Smooth(), fs.VP.scaled_linear(), "v", time=angle)
+    points = distill.Batches(ring_points().clamp(-1, 1))
+    return distill.train(distill.Diffusion(teacher), points, steps=steps, lr=4e-3, ema=0.99, progress=False)
+
+
+def energy_distance(one, other):
+    """Szekely's, 0 for equal distributions."""
+    return float(2 * torch.cdist(one, other).mean() - torch.cdist(one, one).mean() - torch.cdist(other, other).mean())
+
+
+PLAIN = {"c": None, "weight": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("distilled", "options", "steps"),
+    [
+        (True, PLAIN, 300),
+        pytest.param(True, PLAIN, 1200, marks=pytest.mark.slow),
+        pytest.param(True, {}, 1200, marks=pytest.mark.slow),
+        pytest.param(False, PLAIN, 1200, marks=pytest.mark.slow),
+        pytest.param(False, {}, 1200, marks=pytest.mark.slow),
+    ],
+)
+def test_the_ring_is_learned_in_one_step(distilled, options, steps):
+    quick = steps < 1000
+    teacher = ring_teacher(500 if quick else 1200)
+    method = distill.ContinuousConsistency(
+        distill.student_of(teacher), teacher if distilled else None, sigma_data=0.57, warmup=100, **options
+    )
+    points = ring_points().clamp(-1, 1)
+    student = distill.train(method, distill.Batches(points), steps=steps, lr=2e-3, ema=0.98, progress=False)
+    real, noise = points[:2000], fs.noise((2,), seeds=range(2000))
+
+    def distance(model, nodes, solver=solvers.consistency):
+        plan = fs.trace(solver, fs.grid(model.schedule, nodes, fs.uniform_t))
+        return energy_distance(fs.sample(model, plan, noise), real)
+
+    blind, many = distance(teacher, 1), distance(teacher, 50, solvers.ddim)
+    one, two = distance(student, 1), distance(student, 2)
+    print(f"\nenergy distance {one:.4f}, {two:.4f} in 1, 2 steps; the teacher's DDIM in 1, 50 {blind:.4f}, {many:.4f}")
+    assert one < (0.2 if quick else 0.1) * blind
+    assert two < (0.2 if quick else 0.1) * blind

@@ -1,12 +1,13 @@
 """The stream of batches: the same after a stop, on any number of processes and workers; wrong loaders are refused."""
 
 import random
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from fastsample import distill
@@ -25,18 +26,18 @@ class Points(Dataset):
     def __getitem__(self, i):
         self.got.append(i)
         drawn = [torch.rand(()), random.random(), np.random.rand()]  # noqa: NPY002
-        return {"x0": torch.tensor([i / self.count, *drawn]), "class_labels": i}
+        return {"x0": torch.tensor([i / self.count, *drawn, -1.0]), "class_labels": i}
 
 
 class Together(Points):
     def __getitems__(self, indices):
-        return [{"x0": torch.full((4,), i / self.count), "class_labels": i} for i in indices]
+        return [{"x0": torch.full((4,), -i / self.count), "class_labels": i} for i in indices]
 
 
 class Streamed(IterableDataset):
     def __iter__(self):
         for i in range(26):
-            yield {"x0": torch.rand(4), "class_labels": i}
+            yield {"x0": 2 * torch.rand(4) - 1, "class_labels": i}
 
 
 class Global:
@@ -57,9 +58,11 @@ LOADERS = {
     "a DataLoader with workers": lambda: DataLoader(
         Points(), batch_size=8, shuffle=True, num_workers=2, persistent_workers=True
     ),
+    "a DataLoader of a subset": lambda: DataLoader(Subset(Points(40), range(26)), batch_size=8, shuffle=True),
     "a DataLoader of whole batches": lambda: DataLoader(Together(), batch_size=8, shuffle=True),
     "a DataLoader with a batch sampler": lambda: DataLoader(Points(), batch_sampler=Global()),
     "a DataLoader that streams": lambda: DataLoader(Streamed(), batch_size=8),
+    "a DataLoader that streams with workers": lambda: DataLoader(Streamed(), batch_size=8, num_workers=2),
     "Batches": images,
     "Batches with flips": partial(images, flip=True),
     "a list": lambda: [{"x0": torch.full((6, 2), k / 8), "n": torch.arange(6)} for k in range(4)],
@@ -172,6 +175,18 @@ def test_bytes_become_images_from_minus_one_to_one():
     torch.testing.assert_close(batch["x0"].flatten()[batch["n"].argsort()], torch.tensor([-1.0, -0.6, 1.0]))
 
 
+def test_images_that_were_made_for_zero_to_one_are_pointed_out():
+    """As by torchvision's ToTensor, which is within [-1, 1] too."""
+    pictures = torch.linspace(0, 1, 32).view(8, 1, 2, 2)
+    with pytest.warns(UserWarning, match=r"expected in \[-1, 1\] and .* lies in \[0, 1\].*give 2 \* x - 1"):
+        Stream(distill.Batches(pictures), 0).first()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Stream(distill.Batches(2 * pictures - 1), 0).first()
+        Stream(distill.Batches(torch.zeros(8, 1, 2, 2)), 0).first()
+        Stream(distill.Batches(pictures, bounded=False), 0).first()
+
+
 @pytest.mark.parametrize("total", [1, 7, 64, 129])
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_parts_cover_a_batch_once_and_are_as_even_as_can_be(total, world):
@@ -223,12 +238,13 @@ def test_latents_may_lie_anywhere_where_the_loader_says_so():
             {"batch_sampler": BatchSampler(RandomSampler(Points(), generator=torch.Generator()), 4, True)},
             "generator of its own",
         ),
+        ({"dataset": Streamed(), "num_workers": 1, "persistent_workers": True}, "streams with persistent_workers=True"),
         ({"num_workers": 1, "in_order": False}, "in_order=False, so no two runs see the same order"),
     ],
 )
 def test_loaders_that_no_seed_can_bring_back_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Stream(DataLoader(Points(), **options), 0)
+        Stream(DataLoader(**{"dataset": Points(), **options}), 0)
 
 
 def test_a_loader_that_accelerate_cut_is_refused():
@@ -249,5 +265,10 @@ def test_empty_and_uneven_batches_are_refused():
         Stream([{"x0": torch.zeros(4, 2), "scale": torch.tensor(3.0)}], 0).first()
     with pytest.raises(ValueError, match=r"images \[N, C, H, W\], got x0 of shape \[4, 2\]"):
         distill.Batches(torch.zeros(4, 2), flip=True)
+    for label, message in ((3.0, "float"), (torch.tensor(3.0), "one number"), ([0, 1, 2, 3], "list")):
+        with pytest.raises(TypeError, match=rf"'n' must be a tensor with a row for each image, got {message}"):
+            distill.Batches(torch.zeros(4, 2), {"n": label})
+    with pytest.raises(TypeError, match="'x0' must be a tensor with a row for each image, got ndarray"):
+        distill.Batches(np.zeros((4, 2), np.float32))
     with pytest.raises(ValueError, match="rank must be from 0 to world - 1, got rank 2 of 2"):
         Stream([], 0, 2, 2)

@@ -65,6 +65,11 @@ def exact(schedule=None, error=0.0):
     return distill.FlowMap(Exact(error), schedule, time="unit", dtype=torch.float64)
 
 
+def told(schedule=None):
+    schedule = schedule or fs.VP.scaled_linear()
+    return fs.Denoiser(Denoising(schedule), schedule, "x0", time="t", dtype=torch.float64)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_jumps_land_on_the_path_whatever_the_grid(shift):
     schedule = fs.Flow(shift=shift)
@@ -103,8 +108,7 @@ def test_the_derivative_in_the_target_is_that_of_finite_differences():
 @pytest.mark.parametrize("schedule", [fs.Flow(), fs.VP.scaled_linear(), fs.EDM()], ids=repr)
 @pytest.mark.parametrize("equal", [0.0, 0.75])
 def test_the_exact_student_is_at_rest_and_others_are_drawn_to_it(schedule, equal):
-    teacher = fs.Denoiser(Denoising(schedule), schedule, "x0", time="t", dtype=torch.float64)
-    slopes = []
+    teacher, slopes = told(schedule), []
     for error in (-0.1, 0.0, 0.1):
         method = distill.MeanFlow(exact(error=error), teacher, equal=equal, p=0.0)
         torch.manual_seed(0)
@@ -165,7 +169,7 @@ def test_a_flow_map_is_saved_with_its_two_times(tmp_path):
 
 
 def test_a_teacher_is_not_asked_beyond_its_noisiest_time():
-    """Of N(0, VARIANCE) and a level far beyond, the velocity is still that of the path, by the teacher's last answer."""
+    """At a level far beyond, the velocity is still that of the path, by the teacher's last answer."""
     schedule = fs.VP.scaled_linear()
     network, seen = Denoising(schedule), []
     teacher = fs.Denoiser(lambda x, t: seen.append((x, t)) or network(x, t), schedule, "x0", time="t")
@@ -198,6 +202,11 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts(sizes):
     ("kind", "make", "says"),
     [
         (TypeError, lambda: distill.MeanFlow(fs.Denoiser(Net(), fs.Flow(), "flow")), "two times, distill.FlowMap"),
+        (
+            ValueError,
+            lambda: distill.MeanFlow(exact(), fs.Guided(told(), uncond={"y": 0}, scale=2.0, reuse=2)),
+            "remembers earlier evaluations",
+        ),
         (ValueError, lambda: distill.FlowMap(Net(), fs.EDM()), "straight paths, fs.Flow"),
         (ValueError, lambda: distill.MeanFlow(exact(), equal=1.5), "got equal = 1.5"),
         (ValueError, lambda: distill.MeanFlow(exact(), c=0.0), "c = 0"),
@@ -217,3 +226,27 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts(sizes):
 def test_a_wrong_argument_is_named(kind, make, says):
     with pytest.raises(kind, match=says):
         make()
+
+
+def energy_distance(one, other):
+    """Szekely's, 0 for equal distributions."""
+    return float(2 * torch.cdist(one, other).mean() - torch.cdist(one, one).mean() - torch.cdist(other, other).mean())
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"), [(400, 0.3), pytest.param(2000, 0.1, marks=pytest.mark.slow)], ids=["quick", "long"]
+)
+def test_the_ring_is_learned_from_data(steps, share, ring):
+    """One step of the exact flow, of velocity x - mean at sigma = 1, ends in the mean of the data."""
+    student = distill.FlowMap(Net(96))
+    points, noise = ring[0], fs.noise((2,), seeds=range(1024))
+    method = distill.MeanFlow(student, equal=0.5)
+    student = distill.train(method, distill.Batches(points), steps=steps, lr=4e-3, ema=0.98, progress=False)
+    blind = energy_distance(points.mean(0).expand(1024, 2), points)
+    one, two = (
+        energy_distance(distill.sample_flow_map(student, noise, fs.grid(student.schedule, count, fs.uniform_t)), points)
+        for count in (1, 2)
+    )
+    print(f"\nenergy distance {one:.4f}, {two:.4f} in 1 and 2 jumps; one step of the exact flow {blind:.4f}")
+    assert one < share * blind
+    assert two < share * blind

@@ -131,6 +131,31 @@ def test_any_network_can_have_adapters(toy):
         torch.testing.assert_close(distill.merged(student).predict(x, node), student.predict(x, node))
 
 
+def test_training_the_adapters_leaves_the_teacher_as_it_was(toy, loader):
+    """The two share weights, but neither adapters, nor train mode with its dropout, nor what has a gradient."""
+    model = toy("v", dropout=0.5)
+    model.network.eval()
+    x, node = random(5, 2, seed=1), fs.node(model.schedule, 300.0)
+    with torch.no_grad():
+        before = model.predict(x, node)
+    student, said_by = distill.lora_student(model, 2, targets=["layers.0", "layers.3"]), []
+
+    class Method(distill.ConsistencyDistillation):
+        def after(self, step):
+            assert self.student.network.training
+            said_by.append(model.predict(x, node))
+            super().after(step)
+
+    trained = distill.train(Method(student, model), loader, steps=3, lr=1e-2, progress=False)
+    assert all(torch.equal(said, before) for said in said_by)
+    assert len(said_by) == 3
+    assert not model.network.training
+    assert not any(value.requires_grad for value in model.network.parameters())
+    with torch.no_grad():
+        assert torch.equal(model.predict(x, node), before)
+        assert not torch.equal(trained.predict(x, node), before)
+
+
 @pytest.mark.parametrize("alpha", [None, 10.0])
 def test_a_saved_lora_is_the_student_in_a_pipeline_of_diffusers(tmp_path, alpha, monkeypatch):
     """Trained for three steps; then its images in StableDiffusionPipeline are those of fs.sample."""

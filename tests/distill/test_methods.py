@@ -164,11 +164,36 @@ def test_conversion_clips_what_the_teacher_says_and_leaves_the_teacher_alone():
 
     student, teacher = (fs.Denoiser(Says(x0), fs.VP.scaled_linear(), "x0") for x0 in (0.5, 3.0))
     for limit, expected in ((1.0, 0.25), (0.5, 0.0), (math.inf, 6.25)):
-        loss = distill.Conversion(student, teacher, limit=limit).loss("student", {"x0": torch.rand(16, 2)}, 0)
+        loss = distill.Conversion(student, teacher, limit=limit).loss("student", {"x0": 0.5 * torch.rand(16, 2)}, 0)
         assert loss.item() == pytest.approx(expected)
         loss.backward()
     assert student.network.x0.grad is not None
     assert teacher.network.x0.grad is None
+
+
+def test_conversion_refuses_data_that_its_limit_would_distort(toy):
+    """As latents: what the teacher rightly says of them would be clipped in silence."""
+    student, teacher, latents = toy("v", seed=1), toy("eps", seed=2), torch.tensor([[4.2, -1.0]])
+    with pytest.raises(ValueError, match=r"x0 of the batch reaches 4\.2, .* limit = 1; .* pass limit=math\.inf"):
+        distill.Conversion(student, teacher).loss("student", {"x0": latents}, 0)
+    assert distill.Conversion(student, teacher, limit=math.inf).loss("student", {"x0": latents}, 0).isfinite()
+    loader = distill.Batches(latents, size=1, bounded=False)
+    with pytest.raises(ValueError, match=r"reaches 4\.2"):
+        distill.progressive(teacher, loader, updates=1, rounds=(1,), conversion=1, progress=False)
+
+
+@pytest.mark.parametrize("weight", ["snr", "interval"])
+def test_a_weight_that_leaves_the_first_interval_untrained_is_refused(toy, weight):
+    """There, at alpha = 0, one step begins."""
+    flow = [fs.Denoiser(toy(seed=seed).network, fs.Flow(), "flow") for seed in (1, 2)]
+    for make in (
+        distill.ConsistencyDistillation,
+        lambda student, teacher, **o: distill.ConsistencyTraining(student, **o),
+    ):
+        with pytest.raises(ValueError, match=rf"weight '{weight}' is 0 at alpha = 0, .*\(t = 1\).*'truncated_snr'"):
+            make(*flow, weight=weight, times=4, spacing=fs.uniform_t)
+        make(*flow, weight="truncated_snr", times=4, spacing=fs.uniform_t)
+        make(toy(seed=1), toy(seed=2), weight=weight, times=4)
 
 
 def test_an_eps_student_is_warned_of_with_the_remedy(toy):

@@ -20,9 +20,12 @@ FSDP = (
 METHODS = ("diffusion_importance", "conversion", "consistency", "progressive", "distribution_adversarial")
 
 
-def launched(out, method, *kind, steps=12, precise=1, fails=False):
+def launched(out, method, *kind, steps=12, precise=1):
     """Two processes on this machine, by gloo, as `accelerate launch` starts them; alone where no kind is given."""
-    script = [str(HERE / "launched.py"), str(out), method, str(steps), "5", str(precise)]
+    return started([str(HERE / "launched.py"), str(out), method, str(steps), "5", str(precise)], *kind, at=out.parent)
+
+
+def started(script, *kind, at, fails=False):
     options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch = ["-m", "accelerate.commands.launch", *kind, *options, "--main_process_port", "0"]
     done = subprocess.run(
@@ -30,7 +33,7 @@ def launched(out, method, *kind, steps=12, precise=1, fails=False):
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=out.parent,
+        cwd=at,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
@@ -83,6 +86,16 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(kind, tmp
     shutil.copytree(tmp_path / "two" / "step-000010", tmp_path / "back" / "step-000010")
     assert 'processes was "2", now "1"' in launched(tmp_path / "back", "consistency")
     equal(tmp_path / "one", tmp_path / "back", 1e-8)
+
+
+def test_processes_that_begin_apart_are_one_or_refused_by_name(tmp_path):
+    told = started([str(HERE / "apart.py"), str(tmp_path)], "--multi_gpu", at=tmp_path, fails=True)
+    both = [load_file(tmp_path / f"apart-{rank}.safetensors") for rank in (0, 1)]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    for rank in (0, 1):
+        unused = (tmp_path / f"unused-{rank}.txt").read_text()
+        assert "the loss of role 'model' does not use unused.weight, unused.bias" in unused
+    assert "process 1 has another run than the first: training.seed was 0, now 1" in told
 
 
 def test_processes_that_accelerate_does_not_join_are_refused(toy, monkeypatch):

@@ -21,7 +21,7 @@ import fastsample as fs
 from fastsample import distill, solvers
 from fastsample.distill import checkpoint as checkpoints
 from fastsample.distill.method import described
-from fastsample.distill.progressive import snr_plus_one, truncated_snr
+from fastsample.distill.weights import snr_plus_one, truncated_snr
 
 from .conftest import Toy
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import fastsample as fs
 from fastsample import distill, solvers, zoo
+from fastsample.distill import recipe_data
 from fastsample.distill.recipe import TRAIN, built_in, change, read_recipe
 from fastsample.distill.recipe_keys import METHODS, keys_of, keys_of_method
 from fastsample.distill.recipe_run import _method, costs, materials, run_recipe
@@ -63,7 +65,7 @@ def test_a_built_in_recipe_reads_and_says_what_it_costs_and_reaches(name):
     assert found.out == f"runs/{name}"
     for text in (found.cost, found.reaches):
         assert "measured" in text or "from the paper" in text or "updates" in text
-    json.dumps(found.resolved(), allow_nan=True)
+    json.dumps(found.resolved(), allow_nan=False)
 
 
 def test_no_key_of_a_method_is_one_of_the_trainer_too():
@@ -79,8 +81,9 @@ def test_every_setting_of_a_method_that_is_a_number_or_a_name_is_a_key():
         assert fields - keys - {"student", "model", "teacher", "critic"} == left.get(name, set())
 
 
-def test_the_recipe_of_the_demo_is_the_function_bit_for_bit(tmp_path):
-    short = ["stage.conversion.updates=1", "stage.consistency.updates=2"]
+def test_the_recipe_with_the_settings_of_the_demo_is_the_function_bit_for_bit(tmp_path):
+    short = ["stage.conversion.updates=1", "stage.conversion.warmup=0", "stage.consistency.updates=2"]
+    short += ["stage.consistency.spacing=uniform_t", "plan.spacing=uniform_t"]
     teacher = zoo.digits()
     student = run_recipe(read("digits-consistency", *short), tmp_path / "a")
     assert same(student, distill.distill_digits(teacher, tmp_path / "b", updates=0.002))
@@ -175,6 +178,12 @@ def test_a_folder_of_another_recipe_is_refused_by_what_differs(recipe, whole, tm
         (["stage.consistency.times={name = 'Dubling', over = 3}"], "did you mean 'Doubling'"),
         (["stage.consistency.times={name = 'Doubling'}"], "lacks over, which Doubling needs"),
         (["stage.consistency.lr=-1"], "must be above 0"),
+        (["stage.consistency.optimizer=Adan"], r"optimizer in .stage.consistency.: unknown optimizer 'Adan'"),
+        (["stages.optimizer={name = 'AdamW', weight_deca = 0.1}"], "'weight_deca'; did you mean 'weight_decay'"),
+        (["stages.optimizer={weight_decay = 0.1}"], "name of optimizer in .* must be a text"),
+        (["stage.consistency.spacing={name = 'power_t', rh = 2}"], "unknown key 'rh' in .* did you mean 'rho'"),
+        (["stage.consistency.spacing={name = 'power_t', rho = 0}"], "rho of power_t must be positive"),
+        (["plan.options.eat=0.5"], r"unknown option of ddim in .plan.: 'eat'; did you mean 'eta'"),
         (["stage.consistency.schedule=liner"], "unknown schedule 'liner'"),
         (["stage.x={method = 'progressive', updates = 3}"], r"\[stage\.x\] lacks steps, or rounds"),
         (["stage.x={method = 'progressive', updates = 3, rounds = [8, 3]}"], "must halve the steps"),
@@ -191,6 +200,7 @@ def test_a_folder_of_another_recipe_is_refused_by_what_differs(recipe, whole, tm
         (["teacher.null=3"], "are of guidance"),
         (["network={from = 'digits'}"], "this has both"),
         (["student.predicts=u"], "unknown predicts"),
+        (["student.dropout=1"], "dropout in .student. is a share of at least 0 and below 1, got 1"),
         (["student.lora={rank = 2}"], "leave out predicts"),
         (["plan.solver=dim"], "did you mean 'ddim'"),
         (["plan={solver = 'ddim'}"], "lacks steps"),
@@ -225,6 +235,26 @@ def test_a_setting_with_a_name_of_the_trainer_has_another_key(recipe):
     found = materials(recipe())
     method = _method(stage, distill.student_of(found.main, predicts="v"), found.teacher)
     assert (method.warmup, method.teacher) == (2, found.teacher)
+
+
+def test_limits_may_be_infinite_and_the_file_of_the_run_is_json(recipe):
+    asked = recipe("stage.conversion.limit=inf", "stage.conversion.clip=inf")
+    assert asked.stages[0].settings["limit"] == math.inf
+    stage = json.loads(json.dumps(asked.resolved(), allow_nan=False))["stages"]["conversion"]
+    assert (stage["limit"], stage["clip"]) == ("inf", "inf")
+    with pytest.raises(ValueError, match=r"limit in .* must be a finite number"):
+        recipe("stage.conversion.limit=nan")
+
+
+def test_a_spacing_may_be_made_of_a_number(recipe):
+    asked = recipe("stage.consistency.spacing={name = 'power_t', rho = 1.5}", "plan={solver = 'ddim', steps = 4, "
+                   "spacing = {name = 'power_t', rho = 1.5}}")  # fmt: skip
+    found, stage = materials(asked), asked.stages[1]
+    assert found.plan == fs.trace(solvers.ddim, fs.grid(found.main.schedule, 4, fs.power_t(1.5)))
+    assert asked.resolved()["stages"]["consistency"]["spacing"] == {"name": "power_t", "rho": 1.5}
+    assert (
+        _method(stage, distill.student_of(found.main, predicts="v"), found.teacher).spacing.__name__ == "power_t(1.5)"
+    )
 
 
 def test_a_change_may_name_a_table_that_is_not_there_yet():
@@ -283,7 +313,7 @@ def tiny(tmp_path):
     np.savez(tmp_path / "images.npz", images=images)
     network = (
         "network.config={sample_size = 8, in_channels = 3, out_channels = 3, layers_per_block = 1, norm_num_groups = 4,"
-        " block_out_channels = [8, 8], down_block_types = ['DownBlock2D', 'DownBlock2D'],"
+        " dropout = 0.1, block_out_channels = [8, 8], down_block_types = ['DownBlock2D', 'DownBlock2D'],"
         " up_block_types = ['UpBlock2D', 'UpBlock2D']}"
     )
     return [f"data={{from = 'npz', file = '{tmp_path / 'images.npz'}', size = 4, flip = true}}"], network
@@ -296,6 +326,9 @@ def test_the_recipes_of_cifar10_run_on_a_stand_in(tmp_path):
     assert teacher.prediction.name == "karras(0.5)"
     words = [*data, "stage.consistency.updates=1", "stage.consistency.precision=no"]
     asked = read("cifar10-consistency", *words, teacher=str(tmp_path / "edm" / "model"))
+    found = materials(asked)
+    for model, largest in ((found.main, 0.1), (found.first(), 0.0)):  # of the student alone
+        assert max(m.p for m in model.network.modules() if isinstance(m, torch.nn.Dropout)) == largest
     student = run_recipe(asked, tmp_path / "consistency")
     assert isinstance(student, distill.Bounded)
     loaded = fs.from_pretrained(tmp_path / "consistency" / "model")
@@ -362,9 +395,34 @@ updates = 1
     words = [*data, network, "network.schedule=flow", "network.predicts=flow", "stage.teacher.updates=1"]
     run_recipe(read("cifar10-teacher", *words, *flow), tmp_path / "t")
     (tmp_path / "reflow.toml").write_text(text.replace("FOLDER", str(tmp_path / "t" / "model")))
-    student = run_recipe(read(tmp_path / "reflow.toml"), tmp_path / "out")
+    asked = read(tmp_path / "reflow.toml")
+    assert [(row.batch, row.trained, row.asked) for row in costs(asked, materials(asked))] == [(3, 1.0, 0.0)]
+    assert not (tmp_path / "out").exists()  # what only tries it makes none
+    with pytest.raises(ValueError, match=r"ddpm in \[data\] adds noise, and pairs need a plan that does not"):
+        run_recipe(read(tmp_path / "reflow.toml", "data.solver=ddpm"), tmp_path / "none")
+    assert not list((tmp_path / "none").rglob("*.json"))
+    student = run_recipe(asked, tmp_path / "out")
     assert student.prediction.name == "flow"
     assert (tmp_path / "out" / "pairs" / "pairs.json").is_file()
+
+
+def test_of_several_processes_the_first_makes_the_pairs_and_the_others_wait(tmp_path, monkeypatch):
+    teacher = zoo.digits()
+    given = {"teacher": teacher, "solvers": solvers.SOLVERS, "out": tmp_path, "count": 4, "shape": [1, 8, 8]}
+    given |= {"classes": 10, "steps": 1, "size": 2}
+    waits = []
+
+    def first_process_meanwhile(seconds):
+        waits.append(teacher.count.rows)
+        monkeypatch.setenv("RANK", "0")
+        recipe_data.pairs(**given)
+        monkeypatch.setenv("RANK", "1")
+
+    monkeypatch.setattr(recipe_data.time, "sleep", first_process_meanwhile)
+    monkeypatch.setenv("RANK", "1")
+    assert recipe_data.pairs(**given).count == 4
+    assert waits == [0]
+    assert teacher.count.rows == 4
 
 
 def test_a_network_trained_from_nothing_may_be_made_consistent_without_a_teacher(tmp_path):

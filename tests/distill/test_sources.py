@@ -10,7 +10,6 @@ import torch
 import fastsample as fs
 from fastsample import distill, solvers
 from fastsample.distill.data import Stream
-from fastsample.distill.sources import SOURCES
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -100,7 +99,7 @@ def sources(folder, tmp_path, toy):
     }
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ["image_folder", "npz", "hub_dataset", "teacher_samples"])
 def test_a_source_goes_on_at_any_batch_and_is_shared_by_processes(name, folder, tmp_path, toy):
     make = sources(folder, tmp_path, toy)[name]
     stream, places, whole = Stream(make(), 7), [(0, 0)], []
@@ -123,7 +122,9 @@ def test_a_source_goes_on_at_any_batch_and_is_shared_by_processes(name, folder, 
     assert not torch.equal(whole[0]["x0"], whole[2]["x0"])
 
 
-@pytest.mark.parametrize("shape", ["[N, H, W, C] bytes", "[N, H, W] bytes", "[N, C, H, W] floats", "named NCHW"])
+@pytest.mark.parametrize(
+    "shape", ["[N, H, W, C] bytes", "[N, H, W] bytes", "[N, C, H, W] floats", "named NCHW", "named NHWC"]
+)
 def test_an_npz_gives_its_images_and_labels(shape, tmp_path):
     stacked = np.stack([pixels(k) for k in range(8)])
     array = {
@@ -131,9 +132,10 @@ def test_an_npz_gives_its_images_and_labels(shape, tmp_path):
         "[N, H, W] bytes": stacked,
         "[N, C, H, W] floats": (stacked[:, None] / 127.5 - 1).astype(np.float64),
         "named NCHW": stacked[:, None],
+        "named NHWC": (stacked[..., None] / 127.5 - 1).astype(np.float32),
     }[shape]
     np.savez(tmp_path / "some.npz", x0=array, digits=np.arange(8, dtype=np.uint8))
-    layout = "NCHW" if shape == "named NCHW" else None
+    layout = shape[-4:] if shape.startswith("named") else None
     loader = distill.npz_images(tmp_path / "some.npz", labels="digits", classes=8, layout=layout, size=8)
     batch = first(loader)
     for x0, label in zip(batch["x0"], batch["class_labels"]):
@@ -158,6 +160,7 @@ NPZ = {
     "whole numbers": ({"x0": pixels(0)[None].astype(np.int64)}, {}, ValueError, "uint8 or floats, got int64"),
     "a vector": ({"x0": np.zeros((4, 2), np.float32)}, {}, ValueError, r"\[N, C, H, W\] or \[N, H, W\], got \[4, 2\]"),
     "layout": ({"x0": np.zeros((4, 3, 8, 8), np.uint8)}, {}, ValueError, "are not .N, H, W, C.; say layout='NCHW'"),
+    "floats": ({"x0": np.zeros((4, 8, 8, 3), np.float32)}, {}, ValueError, "floats look like .N, H, W, C.; say layout"),
     "NaN": ({"x0": np.full((1, 1, 2, 2), np.nan)}, {}, ValueError, "hold NaN or infinity"),
     "range": ({"x0": np.full((1, 1, 2, 2), 200.0)}, {}, ValueError, r"in \[-1, 1\], these lie in \[200, 200\]"),
     "one-hot": (
@@ -231,6 +234,52 @@ def test_what_has_no_colour_or_too_many_bits_is_refused_with_the_file_named(tmp_
         first(distill.image_folder(tmp_path, workers=workers))
 
 
+def exif_of(tag):
+    """How the camera was held."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    return exif
+
+
+def test_images_are_turned_upright_as_their_camera_says(tmp_path):
+    """A quarter turn and a mirror image; by tag 0x0112, in a JPEG and in a PNG."""
+    upright = np.kron(np.array([[250, 10], [90, 170], [10, 250]], np.uint8), np.ones((8, 8), np.uint8))  # 24 by 16
+    for k, (tag, stored) in enumerate([(1, upright), (6, np.rot90(upright)), (2, upright[:, ::-1])]):
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"{k}.jpg", exif=exif_of(tag), quality=100)
+    expected = torch.from_numpy(upright).float() / 127.5 - 1
+    for x0 in first(distill.image_folder(tmp_path, channels=1))["x0"]:
+        torch.testing.assert_close(x0[0], expected, rtol=0, atol=0.03)  # JPEG
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "3.png", exif=exif_of(6))
+    batch = first(distill.image_folder(tmp_path, channels=1, resolution=16))["x0"]
+    torch.testing.assert_close(batch, expected[4:20].expand(4, 1, 16, 16), rtol=0, atol=0.03)
+
+
+def test_images_of_several_sizes_are_refused_by_their_sizes_wherever_they_show(tmp_path, table):
+    """In a data set, and in a PNG whose EXIF turns it, only as they are decoded."""
+    import datasets
+
+    rows = [Image.fromarray(pixels(0)), Image.fromarray(pixels(0, 5, 5))]
+    several = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    with pytest.raises(ValueError, match=r"several sizes, 5x5 and 8x6; pass resolution=5 to scale and cut"):
+        first(distill.hub_dataset(several))
+    assert first(distill.hub_dataset(several, resolution=5))["x0"].shape == (2, 3, 5, 5)
+    for k, tag in enumerate((1, 6)):
+        Image.fromarray(pixels(0)).save(tmp_path / f"{k}.png", exif=exif_of(tag))
+    with pytest.raises(ValueError, match=r"several sizes, 6x8 and 8x6; pass resolution=6"):
+        first(distill.image_folder(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["P5 2o 2 255 abcd", "a decompression bomb"])
+def test_an_image_that_pillow_refuses_in_its_own_ways_is_named(damage, tmp_path, monkeypatch):
+    (tmp_path / "a.pgm").write_bytes(damage.encode())
+    if damage == "a decompression bomb":
+        Image.new("L", (9, 9)).save(tmp_path / "a.pgm")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    for options in ({}, {"resolution": 2}):
+        with pytest.raises(ValueError, match=r"a.pgm cannot be used as an image \(.*\); mend or remove it"):
+            first(distill.image_folder(tmp_path, **options))
+
+
 @pytest.fixture
 def table():
     datasets = pytest.importorskip("datasets")
@@ -263,6 +312,12 @@ def test_a_data_set_of_arrays_works_too(table):
     wrong = datasets.Dataset.from_dict({"image": [[[0.5, 0.25]]]})
     with pytest.raises(ValueError, match=r"row 0 of column 'image' cannot be used as an image .*float64 numbers"):
         first(distill.hub_dataset(wrong))
+    channels_first = datasets.Dataset.from_dict(
+        {"image": np.zeros((2, 3, 8, 8), np.uint8)},
+        features=datasets.Features({"image": datasets.Array3D((3, 8, 8), "uint8")}),
+    )
+    with pytest.raises(ValueError, match=r"row . of column 'image' .*\[H, W, C\], its shape is \[3, 8, 8\]"):
+        first(distill.hub_dataset(channels_first))
 
 
 def test_a_data_set_that_does_not_fit_is_refused(table, tmp_path, monkeypatch):

@@ -165,6 +165,27 @@ def test_a_full_disk_stops_a_run_and_leaves_the_checkpoints_before(toy, loader, 
     assert same(run(toy, loader, tmp_path), run(toy, loader))
 
 
+def test_a_disk_that_is_full_for_safetensors_is_named_with_the_remedy(tmp_path, monkeypatch):
+    """Its error is none of the operating system's."""
+
+    def full(tensors, path):
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    now = checkpoint.Checkpoint(5, (0, 5), {}, None, {}, {})
+    with pytest.raises(OSError, match=r"cannot write .*step-000005: .*No space left .*Make room, and run again"):
+        checkpoint.save(tmp_path, now, {}, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_share_memory_are_kept_each_by_itself(tmp_path):
+    """A network may hold views of one table as its buffers."""
+    table = torch.arange(12.0)
+    tensors = {"model.buffer.sin": table[:6], "model.buffer.cos": table[6:], "model.buffer.all": table}
+    folder = checkpoint.save(tmp_path, checkpoint.Checkpoint(5, (0, 5), {}, None, tensors, {}), {}, keep=2)
+    torch.testing.assert_close(checkpoint.tensors(folder), tensors, rtol=0, atol=0)
+
+
 def test_another_number_of_threads_is_noted_where_a_run_goes_on(toy, loader, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(toy, loader, tmp_path, at=7)

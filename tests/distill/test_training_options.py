@@ -136,9 +136,7 @@ def test_unknown_names_are_refused_with_the_known_ones(toy, loader, tmp_path):
         optimizer_of("LBFGS")
     with pytest.raises(ValueError, match="unknown schedule 'onecycle'; choose one of linear, constant, cosine"):
         schedule_of("onecycle")
-    with pytest.raises(
-        ValueError, match=r"lr names \['student'\], the roles of Stopped are|lr names .* are \['model'\]"
-    ):
+    with pytest.raises(ValueError, match=r"lr names \['student'\], the roles of \w+ are \['model'\]"):
         run(toy(), loader, lr={"student": 1.0})
     with pytest.raises(ValueError, match="lr must be above 0, got lr = 0"):
         run(toy(), loader, lr=0.0)
@@ -315,3 +313,196 @@ def test_a_method_of_two_roles_with_a_head_and_a_memory_goes_on(toy, loader, tmp
     assert {told[1:3] for told in other.told} == {(True, False)}  # the other is only asked
     assert {(told[0], told[3]) for told in other.told} == {("student", False), ("critic", True)}
     assert all(p.requires_grad for p in other.critic.network.parameters())
+
+
+def test_the_average_is_that_of_the_first_role_where_none_is_named(toy, loader, tmp_path):
+    """Not of the first in the alphabet, in which a file holds them."""
+    method = Two(toy(), toy(seed=1))
+    student = distill.train(method, loader, steps=6, out=tmp_path, ema=0)
+    critic = distill.averaged(toy(seed=2), tmp_path, 0, role="critic")
+    assert same(distill.averaged(toy(seed=2), tmp_path, 0), student)
+    assert same(critic, method.critic)
+    assert not same(critic, student)
+    with pytest.raises(ValueError, match=r"no average of role 'student' with decay 0 for this network"):
+        distill.averaged(toy(width=32), tmp_path, 0)
+
+
+def test_an_average_comes_with_the_buffers_of_the_run(toy, loader, tmp_path):
+    def normed():
+        model = toy()
+        model.network.layers.append(nn.BatchNorm1d(2))
+        return model
+
+    model = run(normed(), loader, tmp_path, ema=(0.5, 0.9))
+    found = distill.averaged(normed(), tmp_path, 0.5)
+    torch.testing.assert_close(found.network.state_dict(), model.network.state_dict(), rtol=0, atol=0)
+    assert not found.network.training
+
+
+def test_what_fails_before_the_first_step_leaves_a_network_as_it_was(toy, loader):
+    model = toy()
+    with pytest.raises(TypeError, match="momentm"):
+        run(model, loader, optimizer=partial(torch.optim.SGD, momentm=0.9), precision="bf16", checkpointing=["Linear"])
+    for module in model.network.modules():
+        assert "forward" not in vars(module)
+        assert not module.training
+
+
+@pytest.mark.parametrize("modules", [["Toy"], ["Sequential"], False])
+def test_a_network_has_its_own_forward_again_and_no_gradients(modules, toy, loader):
+    """Half precision and activation checkpointing both stand before it."""
+    model = toy()
+    run(model, loader, steps=2, checkpointing=modules, precision="bf16")
+    assert all("forward" not in vars(module) for module in model.network.modules())
+    assert all(value.grad is None for value in model.network.parameters())
+    found = model.network(torch.zeros(3, 2), torch.zeros(3))
+    assert found.dtype == torch.float32
+
+
+def test_activation_checkpointing_that_a_network_had_on_stays_on():
+    model = fs.zoo.digits_network("v")
+    model.network.network.enable_gradient_checkpointing()
+    batches = distill.Batches(torch.zeros(8, 1, 8, 8), {"class_labels": torch.zeros(8, dtype=torch.long)}, size=8)
+    distill.train(distill.Diffusion(model), batches, steps=1, checkpointing=True)
+    assert model.network.network.is_gradient_checkpointing
+
+
+def test_a_helper_keeps_what_it_holds_still_and_goes_on(toy, loader, tmp_path):
+    def trained(out=None, at=0, still=0.1):
+        method = Two(toy(), toy(seed=1))
+        method.head.bias.requires_grad_(False).fill_(still)
+        method.at = at
+        distill.train(method, loader, steps=6, out=out, save_every=2)
+        return method.head
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, at=5)
+    head, other = trained(tmp_path, still=0.2), trained()
+    assert not head.bias.requires_grad
+    assert not head.training
+    assert float(other.bias) == pytest.approx(0.1)
+    torch.testing.assert_close(head.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_a_helper_of_no_role_is_refused(toy, loader):
+    class Wrong(Two):
+        helpers = property(lambda self: {"critc": self.head})
+
+    with pytest.raises(ValueError, match=r"helpers of Wrong name \['critc'\], its roles are \['critic', 'student'\]"):
+        distill.train(Wrong(toy(), toy(seed=1)), loader, steps=1)
+
+
+class Counting(torch.optim.SGD):
+    """Counts in its groups, as some optimizers that need no schedule do, and slows by it."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] /= group["count"]
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups_goes_on(toy, loader, tmp_path):
+    goes_on(toy, loader, tmp_path, optimizer=Counting, lr=0.1)
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """fp16 with a scaler on the CPU, where accelerate has none; the scalers that were made."""
+    import accelerate
+
+    made = []
+
+    class Half(accelerate.Accelerator):
+        def __init__(self, **options):
+            super().__init__(**{**options, "mixed_precision": "no"})
+            self.state._mixed_precision = "fp16"
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+            made.append(self.scaler)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Half)
+    return made
+
+
+class Overflowing(Two):
+    """The student's gradient is infinite at its first turn."""
+
+    def loss(self, role, batch, step):
+        loss = super().loss(role, batch, step)
+        return loss * (1e38 if role == "student" and step == 2 else 1.0)
+
+
+def test_a_gradient_that_overflows_halves_the_scale_once(half, toy, loader):
+    """Not at each turn of the other role until its own next."""
+    method = Overflowing(toy(), toy(seed=1))
+    before = [value.clone() for value in method.critic.network.parameters()]
+    distill.train(method, loader, steps=5, precision="fp16", ema=0)
+    assert half[0].get_scale() == 2.0**10  # doubled after three good updates, halved, one more of two good ones
+    assert all(torch.equal(a, b) for a, b in zip(toy().network.parameters(), method.student.network.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before, method.critic.network.parameters()))
+
+
+def test_gradients_that_stay_infinite_stop_a_run_in_half_precision(half, toy, loader):
+    class Always(distill.Diffusion):
+        def loss(self, role, batch, step):
+            return (0 * super().loss(role, batch, step)).sqrt()
+
+    with pytest.raises(FloatingPointError, match="gradient of role 'model' is nan at step 25 of 40"):  # 2^-14 < 1e-4
+        distill.train(Always(toy()), loader, steps=40, precision="fp16")
+
+
+def test_a_run_with_a_scaler_goes_on(half, toy, loader, tmp_path):
+    goes_on(lambda: toy(dropout=0.1), loader, tmp_path, precision="fp16")
+    manifest = json.loads((tmp_path / "step-000010" / "manifest.json").read_text())
+    assert manifest["scaler"]["scale"] > 2.0**10
+
+
+def test_accumulation_that_accelerate_was_told_is_refused(toy, loader, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"accumulate the gradients of 4 steps; .*pass accumulate=4 to train"):
+        run(toy(), loader)
+
+
+def test_an_accelerator_of_the_caller_that_is_accumulating_does_not_matter(toy, loader):
+    from accelerate import Accelerator
+
+    own = Accelerator(gradient_accumulation_steps=3)
+    with own.accumulate():
+        assert not own.sync_gradients
+        assert same(run(toy(), loader, steps=2), run(toy(), loader, steps=2))
+        assert not same(run(toy(), loader, steps=2, ema=0), toy())
+        assert not own.sync_gradients
+
+
+def test_numbers_of_steps_are_whole(toy, loader):
+    with pytest.raises(TypeError, match=r"steps must be a whole number, got 10000\.0; int\(10000\.0\)"):
+        run(toy(), loader, steps=1e4)
+
+
+def test_an_evaluation_may_have_nothing_to_tell_or_fail(toy, loader, tmp_path):
+    run(toy(), loader, tmp_path / "none", evaluate=lambda model, step: None)
+    model = toy()
+    with pytest.raises(ZeroDivisionError):
+        run(model, loader, tmp_path / "fails", evaluate=lambda model, step: 1 / 0, evaluate_every=2, ema=0.9)
+    assert same(model, run(toy(), loader, steps=2, ema=0, schedule=lambda done: 1 - done / 6))  # its own, not averaged
+    assert not model.network.training
+
+
+def test_a_number_of_an_evaluation_that_is_not_finite_is_written_as_text(toy, loader, tmp_path):
+    run(toy(), loader, tmp_path, evaluate=lambda model, step: {"fd": math.nan})
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_tensorboard_forgets_what_is_done_again(toy, loader, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"trackers": ["tensorboard"], "log_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(toy(), loader, tmp_path, at=9, **options)
+    run(toy(), loader, tmp_path, **options)
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.parent.name == "fastsample"}
+    told = EventAccumulator(str(events)).Reload().Scalars("loss/model")
+    assert [event.step for event in told] == list(range(1, 13))
