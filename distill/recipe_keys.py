@@ -128,9 +128,9 @@ def used(value: Any) -> Any:
 
 def spacing(value: Any, where: str) -> Made:
     """One of the spacings by name, or { name = "power_t", rho = 1.5 }."""
-    if isinstance(value, dict):
-        return _part({"power_t": power_t}, {})(value, where)
-    return _named(SPACINGS)(value, where)
+    one = _part({"power_t": power_t}, {}) if isinstance(value, dict) else _named(SPACINGS)
+    found: Made = one(value, where)
+    return found
 
 
 def _check(hint: Any, name: str, solvers: Mapping[str, Solver]) -> Check | None:

@@ -59,7 +59,7 @@ METHODS = {
 }
 
 
-QUICK = ("distillation by heun, average target", "training")
+QUICK = ("training",)
 
 
 @pytest.mark.parametrize(

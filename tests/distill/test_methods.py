@@ -297,6 +297,7 @@ def test_dropping_without_a_null_value_is_refused(toy):
         distill.Diffusion(toy(), drop=2.0, null={"class_labels": 2})
 
 
+@pytest.mark.slow
 def test_a_ring_is_learned_then_walked_in_one_step(toy, loader, ring):
     """Diffusion, conversion from eps to v, consistency: each ends nearer to the data than it began."""
     null = {"class_labels": 2}

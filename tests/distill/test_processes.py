@@ -17,6 +17,7 @@ FSDP = (
     "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP",
     "--fsdp_min_num_params", "1000", "--fsdp_cpu_ram_efficient_loading", "false",
 )  # fmt: skip
+QUICK = ("ddp", "distribution_adversarial")  # two roles, a head, several turns
 METHODS = ("diffusion_importance", "conversion", "consistency", "progressive", "distribution_adversarial")
 
 
@@ -55,21 +56,27 @@ def equal(one, other, tolerance):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [("--multi_gpu",), FSDP], ids=["ddp", "fsdp"])
+KINDS = {"ddp": ("--multi_gpu",), "fsdp": FSDP}
+CASES = [
+    pytest.param(kind, method, id=f"{name}-{method}", marks=[] if (name, method) == QUICK else pytest.mark.slow)
+    for name, kind in KINDS.items()
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
 def test_two_processes_do_what_one_does_with_the_whole_batch(kind, method, tmp_path):
     launched(tmp_path / "one", method)
     launched(tmp_path / "two", method, *kind)
-    equal(tmp_path / "one", tmp_path / "two", 1e-8)  # float64: only the order of sums differs
+    # in float64 only the order of sums differs; a discriminator's head reads float32
+    equal(tmp_path / "one", tmp_path / "two", 1e-6 if method == "distribution_adversarial" else 1e-8)
     for name in ("weights-1.safetensors", "weights-0.safetensors"):
         both = load_file(tmp_path / "two" / name), load_file(tmp_path / "two" / "weights-0.safetensors")
         torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(("--multi_gpu",), id="ddp"), pytest.param(FSDP, id="fsdp", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(kind, tmp_path):
     launched(tmp_path / "one", "consistency")
     for name in ("two", "back"):
@@ -88,6 +95,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(kind, tmp
     equal(tmp_path / "one", tmp_path / "back", 1e-8)
 
 
+@pytest.mark.slow
 def test_processes_that_begin_apart_are_one_or_refused_by_name(tmp_path):
     told = started([str(HERE / "apart.py"), str(tmp_path)], "--multi_gpu", at=tmp_path, fails=True)
     both = [load_file(tmp_path / f"apart-{rank}.safetensors") for rank in (0, 1)]
