@@ -83,3 +83,24 @@ def test_scores_are_those_of_the_bench_and_the_error_of_a_multiple_is_that_of_sh
         raise AssertionError("made again")
 
     assert measured.cell("teacher", never, page.TEACHER, 2) == found
+
+
+def test_the_recipes_have_the_settings_that_are_measured(page):
+    tomllib = pytest.importorskip("tomllib")
+    configs = SCRIPT.parents[1] / "distill" / "configs"
+    recipes = {name: tomllib.loads((configs / f"digits-{name}.toml").read_text()) for name in page.METHODS}
+    for name, recipe in recipes.items():
+        conversion = recipe["stage"]["conversion"]
+        assert {key: conversion[key] for key in ("updates", "lr", "warmup")} == {
+            "updates": page.CONVERSION["steps"], "lr": page.CONVERSION["lr"], "warmup": page.CONVERSION["warmup"],
+        }  # fmt: skip
+        assert {key: recipe["stages"][key] for key in page.DROP} == page.DROP
+        (own,) = (stage for key, stage in recipe["stage"].items() if key != "conversion")
+        assert own["method"] == name
+        assert own["spacing"] == {"name": "power_t", "rho": 1.5}
+    assert page.SPACING.__name__ == "power_t(1.5)"
+    halving, consistency = recipes["progressive"]["stage"]["halving"], recipes["consistency"]["stage"]["consistency"]
+    assert dict(zip(halving["rounds"], halving["updates"])) == page.ROUNDS
+    assert {key: halving[key] for key in page.PROGRESSIVE} == page.PROGRESSIVE
+    assert {**page.CONSISTENCY, "steps": consistency["updates"]} == page.CONSISTENCY
+    assert all(consistency[key] == value for key, value in page.CONSISTENCY.items() if key != "steps")
