@@ -83,7 +83,8 @@ def test_every_setting_of_a_method_that_is_a_number_or_a_name_is_a_key():
 
 def test_the_recipe_with_the_settings_of_the_demo_is_the_function_bit_for_bit(tmp_path):
     short = ["stage.conversion.updates=1", "stage.conversion.warmup=0", "stage.consistency.updates=2"]
-    short += ["stage.consistency.spacing=uniform_t", "plan.spacing=uniform_t"]
+    short += ["stage.consistency.spacing=uniform_t", "plan.spacing=uniform_t", "plan.steps=1"]
+    short += [f"stage.consistency.{key}" for key in ("warmup=0", "times=16", "distance=pseudo_huber", "lr=5e-4")]
     teacher = zoo.digits()
     student = run_recipe(read("digits-consistency", *short), tmp_path / "a")
     assert same(student, distill.distill_digits(teacher, tmp_path / "b", updates=0.002))
