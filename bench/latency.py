@@ -13,14 +13,15 @@ import math
 import statistics
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from scipy.special import bdtr
+
+from fastsample.process import using_threads
 
 Call = Callable[[], object]
 
@@ -160,7 +161,7 @@ class CallFailed(RuntimeError):
 def start(call: Call, how: Latency | None = None, *, device: str | torch.device = "cpu") -> Started:
     """The first call of a case, then its warm-up. A process that goes on with earlier rounds starts its cases again."""
     how, device = how or Latency(), torch.device(device)
-    with _threads(how.threads):
+    with using_threads(how.threads):
         first = timed(call, device)
         return Started(first, tuple(timed(call, device) for _ in range(how.warmup)))
 
@@ -203,7 +204,7 @@ def one_round(
             measure(baseline, beside[name])
 
     odd = number % 2 == 1
-    with _threads(how.threads):
+    with using_threads(how.threads):
         for name in names:
             pair(name, turned=odd)
         for name in reversed(names):
@@ -256,7 +257,7 @@ def interleaved(
     device: where the calls work; on a GPU its own clock is used (CUDA events), and it is waited for at both ends.
     """
     how, device = how or Latency(), torch.device(device)
-    with _threads(how.threads):
+    with using_threads(how.threads):
         for call in calls.values():
             for _ in range(how.warmup):
                 call()
@@ -281,7 +282,7 @@ def paired_ratio(
         raise ValueError(f"pairs must be at least 1, got {pairs}")
     device = torch.device(device)
     ratios = []
-    with _threads(threads):
+    with using_threads(threads):
         for call in [a, b] * warmup:
             call()
         for k in range(pairs):
@@ -347,14 +348,3 @@ def _time_cuda(call: Call, device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1000
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

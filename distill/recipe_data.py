@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 from fastsample.denoiser import Model
 from fastsample.grid import grid
 from fastsample.plan import Plan
+from fastsample.process import first_process
 from fastsample.sampling import check_fit
 from fastsample.spacing import Spacing, uniform_t
 from fastsample.tracing import Solver, trace
@@ -111,11 +111,6 @@ SOURCES: dict[str, Callable[..., Loader]] = {
     "pairs": pairs,
     "teacher_samples": teacher_samples,
 }
-
-
-def first_process() -> bool:
-    """Whether this process speaks and writes; the others work under the same launcher."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def tensors(file: str | Path) -> dict[str, torch.Tensor]:

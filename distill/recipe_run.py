@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fastsample.denoiser import Denoiser, Model
 from fastsample.grid import grid
 from fastsample.guidance import Guided
 from fastsample.plan import Plan
+from fastsample.process import first_process, using_threads
 from fastsample.schedule import EDM, VP, Flow, Schedule
 from fastsample.spacing import uniform_t
 from fastsample.tracing import trace
@@ -32,7 +32,7 @@ from .latent import skipping
 from .lora import lora_student, merged, save_lora
 from .method import Batch, Method, asked
 from .recipe import Recipe, Stage
-from .recipe_data import SOURCES, first_process, tensors
+from .recipe_data import SOURCES, tensors
 from .recipe_keys import METHODS, MODELS, OTHERWISE, used
 from .scale import Scales, scaled_student
 from .trainer import Evaluate, train
@@ -86,7 +86,7 @@ def run_recipe(
     """
     folder = files.folder(out)
     _begun(recipe, folder)
-    with _threads(recipe.threads):
+    with using_threads(recipe.threads):
         found = materials(recipe, folder)
         for _ in _walk(recipe, found, lambda stage, method: next(iter(method.roles.values()))):
             pass  # what does not fit together is said before the first update
@@ -373,17 +373,6 @@ def _begun(recipe: Recipe, folder: Path) -> None:
 def _begin(recipe: Recipe, folder: Path) -> None:
     if first_process() and not (folder / RECIPE).is_file():
         files.write_text(folder / RECIPE, json.dumps(recipe.resolved(), indent=1) + "\n")
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def example(found: Materials) -> Batch:

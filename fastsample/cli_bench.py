@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,7 +14,8 @@ import typer
 
 import fastsample as fs
 from fastsample import solvers
-from fastsample.cli_common import class_count, load, need, sample_shape
+from fastsample.cli_common import class_count, load, need, said_shortly, sample_shape, say
+from fastsample.process import first_process, using_threads
 
 if TYPE_CHECKING:
     from fastsample.bench import Record
@@ -29,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+FAILED = r"\d+ of \d+ cases failed"  # they are named at the end
 Run = Annotated[Path, typer.Argument(help="A folder that `bench run` wrote.")]
 AllowDownload = Annotated[
     bool, typer.Option("--allow-download", help="Fetch the Inception weights (96 MB) if they are not there.")
@@ -75,7 +74,7 @@ def run_sweep(
         _wrong(f'{sweep} says not where the run goes; add out = "runs/NAME" at its top, or give --out')
     device = _device(device or asked.device)
     begin = time.monotonic()
-    with _threads(asked.threads), _said_shortly():
+    with using_threads(asked.threads), said_shortly(but=FAILED):
         models, load_s = _models(asked, device, distil=not listed)
         try:
             made = asked.cases(models)
@@ -84,7 +83,7 @@ def run_sweep(
             _wrong(f"{sweep}: {error}")
         if listed:
             for case in made:
-                _say(f"{case.name}  NFE {case.plan.nfe}")
+                say(f"{case.name}  NFE {case.plan.nfe}")
             return
         assert place is not None
         shape, condition = _inputs(asked, models)
@@ -107,16 +106,16 @@ def run_sweep(
             load_s=load_s,
             progress=progress,
         )
-        if not _first():
+        if not first_process():
             return
         page = bench.report(place, **_given(measure=asked.measure, title=asked.title)) if report else None
-    _say(_table(records))
+    say(_table(records))
     failed = [record for record in records if record.error]
     for record in failed:
         typer.echo(f"failed: {record.error}", err=True)
     cases = sum(record.kind == "case" for record in records)
-    _say(f"{cases} cases, {len(failed)} failed, in {time.monotonic() - begin:.0f} s")
-    _say(f"Open {page.resolve()}" if page else f"Report it with: fastsample bench report {place}")
+    say(f"{cases} cases, {len(failed)} failed, in {time.monotonic() - begin:.0f} s")
+    say(f"Open {page.resolve()}" if page else f"Report it with: fastsample bench report {place}")
     if failed:
         raise typer.Exit(1)
 
@@ -133,7 +132,7 @@ def write_report(
     from fastsample import bench
 
     page = bench.report(run, **_given(measure=measure, title=title, rows=rows))
-    _say(f"Open {page.resolve()}")
+    say(f"Open {page.resolve()}")
 
 
 @app.command("compare")
@@ -178,7 +177,7 @@ def compare_runs(
     )
     if as_json:
         write_text(as_json, json.dumps(found.as_dict(), indent=1) + "\n")
-    _say(found.markdown() if markdown else found.table(), nl=False)
+    say(found.markdown() if markdown else found.table(), nl=False)
     if gate and found.failed:
         raise typer.Exit(1)
 
@@ -213,7 +212,7 @@ def write_stats(
     features = features_of(extractor, Inception(inception, allow_download, _device(device)))
     how: Any = {"batch": batch, "channels": channels, "layout": layout, "rows": rows}
     found = stats(images, features, out, **how)
-    _say(f"{found.n} images, {len(found.mean)} features of {features.name}: {out}")
+    say(f"{found.n} images, {len(found.mean)} features of {features.name}: {out}")
 
 
 @app.command("import")
@@ -227,7 +226,7 @@ def import_json(
     from fastsample.bench.imported import import_benchmarks
 
     found = import_benchmarks(benchmarks, out)
-    _say(f"{len(found)} benchmarks: {out}")
+    say(f"{len(found)} benchmarks: {out}")
 
 
 def inception() -> str:
@@ -251,7 +250,7 @@ def _read(path: Path) -> Sweep:
 
 def _wrong(what: str) -> NoReturn:
     """End with 2; every process of a launcher finds the same fault, and one says it."""
-    if not _first():
+    if not first_process():
         raise typer.Exit(2)
     raise typer.BadParameter(what)
 
@@ -293,7 +292,7 @@ def _distil(student: ModelAsked, teacher: fs.Denoiser) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError(f"the student in {folder} is not distilled yet; run the sweep once in one process")
     need("accelerate", "scikit-learn")
-    _say(f"distilling the student into {folder}, once")
+    say(f"distilling the student into {folder}, once")
     distill.distill_digits(teacher, folder, updates=student.updates)
 
 
@@ -411,38 +410,3 @@ def _table(records: Sequence[Record]) -> str:
         for line in lines
     ]
     return "\n".join(text)
-
-
-def _first() -> bool:
-    """Whether this process is the one that speaks; the others work under the same launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str, nl: bool = True) -> None:
-    if _first():
-        typer.echo(text, nl=nl)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _said_shortly() -> Iterator[None]:
-    """Warnings as one line each; that of failed cases is left out, since they are named at the end."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if _first():
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\d+ of \d+ cases failed", UserWarning)
-        warnings.showwarning = show
-        yield

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import fastsample as fs
+
+from .process import first_process
 
 MODEL_HELP = "digits (built in), or a folder written by fs.save_pretrained, such as the model/ that train leaves."
 OPTIONAL = {
@@ -63,6 +71,27 @@ def class_count(model: fs.Denoiser) -> int | None:
     """How many class labels the network knows, that of no class included; None: it takes none."""
     count: int | None = _config(model).get("num_class_embeds")
     return count
+
+
+def say(text: str, nl: bool = True) -> None:
+    """Print it, once, however many processes work."""
+    if first_process():
+        typer.echo(text, nl=nl)
+
+
+@contextmanager
+def said_shortly(but: str | None = None) -> Iterator[None]:
+    """Inside, warnings are one line each, by the process that speaks; those that begin like `but` are left out."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if first_process():
+            print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        if but is not None:
+            warnings.filterwarnings("ignore", but, UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _config(model: fs.Denoiser) -> dict[str, Any]:

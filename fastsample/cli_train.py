@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,9 +15,10 @@ from torch import Tensor
 
 import fastsample as fs
 from fastsample import distill, solvers
-from fastsample.cli_common import need
+from fastsample.cli_common import need, said_shortly, say
 from fastsample.distill.recipe import built_in, read_recipe
 from fastsample.files import folder
+from fastsample.process import first_process
 
 if TYPE_CHECKING:
     from fastsample.bench.measure import Measure
@@ -126,20 +124,20 @@ def _run(
         _wrong(f'{name} says not how to sample what is evaluated; add [plan] with solver = "ddim" and steps = 1')
     need("diffusers", "accelerate", *(["scikit-learn"] if _is_digits(recipe) else []), *(["matplotlib"] * bool(every)))
     begin = time.monotonic()
-    with _said_shortly():
+    with said_shortly():
         if dry_run:
             found = recipe_run.materials(recipe)
             _measure(recipe)
-            _say(_shown(name, recipe, found))
+            say(_shown(name, recipe, found))
             return
         assert place is not None
         folder(place)
         measure = _measure(recipe) if every else None
         evaluate = functools.partial(_evaluations, recipe, place, measure) if every else None
         recipe_run.run_recipe(
-            recipe, place, evaluate=evaluate, evaluate_every=every, resume=resume, progress=progress, say=_say
+            recipe, place, evaluate=evaluate, evaluate_every=every, resume=resume, progress=progress, say=say
         )
-    _say(_summary(recipe, place, time.monotonic() - begin))
+    say(_summary(recipe, place, time.monotonic() - begin))
 
 
 def _read(name: str, changes: list[str] | None, teacher: str | None) -> Recipe:
@@ -151,7 +149,7 @@ def _read(name: str, changes: list[str] | None, teacher: str | None) -> Recipe:
 
 def _wrong(what: str) -> NoReturn:
     """End with 2; every process of a launcher finds the same fault, and one says it."""
-    if not _first():
+    if not first_process():
         raise typer.Exit(2)
     raise typer.BadParameter(what)
 
@@ -338,27 +336,3 @@ def _last(path: Path) -> tuple[dict[str, float], dict[str, float]]:
         loss = {f"loss of {name}": value for name, value in body.get("loss", {}).items()} or loss
         scores = body.get("evaluation", scores)
     return loss, scores
-
-
-def _first() -> bool:
-    from fastsample.distill.recipe_data import first_process
-
-    return first_process()
-
-
-def _say(text: str) -> None:
-    if _first():
-        typer.echo(text)
-
-
-@contextmanager
-def _said_shortly() -> Iterator[None]:
-    """Warnings as one line each, by the process that speaks."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if _first():
-            print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
